@@ -1,0 +1,94 @@
+"""What every way of hearing looks like to the room that decides when it rings.
+
+Arming: `watching` makes a `Want`, asks each source in order of surety whether it hears that, and arms the first
+that does. Ringing: the source calls the `Listener` it was given. A source knows targets, resources and levels;
+it knows nothing of paths, files or alarms.
+"""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from limitfs.resources.model import Measured, Resource, Target
+from limitfs.watching.condition import Condition
+
+
+class Guarantee(enum.StrEnum):
+    """How surely a crossing is heard; see docs/hearing.md."""
+
+    EXACT = "exact"
+    PEAK = "peak"
+    SAMPLED = "sampled"
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What is to be heard.
+
+    Attributes:
+        resource: what is measured.
+        target: on what.
+        each: True: every member of `target` separately, present and future; False: `target` as one total.
+        condition: when it is of interest.
+        levels: (level, clear) of the condition for one member, in the base unit; asked again whenever the
+            member's limit may have changed. Raises as `Resource.limit`.
+    """
+
+    resource: Resource
+    target: Target
+    each: bool
+    condition: Condition
+    levels: Callable[[Measured], tuple[float, float]]
+
+
+class Listener(Protocol):
+    """Who is told. `member` is the target itself for a total, else the member."""
+
+    def reading(self, member: Target, value: float) -> None:
+        """The value of `member` now; where the source saw a peak that is over, it reports both in turn."""
+
+    def gone(self, member: Target) -> None:
+        """`member` has ended; nothing more will be said of it."""
+
+    def lost(self, count: int) -> None:
+        """`count` messages of the kernel were lost; fresh readings follow."""
+
+
+class Armed(Protocol):
+    """A source at work for one Want."""
+
+    source: str
+    guarantee: Guarantee
+    period: float | None
+    """Seconds between samples; None where nothing is sampled."""
+
+    def disarm(self) -> None:
+        """Stop, and free everything in kernel and process; may be called twice."""
+
+
+class Refused(Exception):
+    """This source cannot hear this after all (no capability, no memory, no such file); try the next."""
+
+
+class Source(Protocol):
+    """One way of hearing."""
+
+    name: ClassVar[str]
+    guarantee: ClassVar[Guarantee]
+    cost: ClassVar[str]
+    """What it costs, and whom, in a few words."""
+
+    def missing(self) -> str | None:
+        """None where it works here, found out by trying; else what is missing and what would bring it."""
+
+    def hears(self, resource: Resource, target: Target, each: bool) -> bool:
+        """Whether this is its business at all (for `features`)."""
+
+    def arm(self, want: Want, listener: Listener) -> Armed:
+        """Begin; reports a first reading of every member before it returns or soon after.
+
+        Raises:
+            Refused: see there.
+            Gone: the target has ended.
+        """

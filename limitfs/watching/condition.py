@@ -1,0 +1,1 @@
+"""The threshold grammar (interface; being written)."""
