@@ -122,10 +122,23 @@ class Resource(ABC):
     def limit(self, target: Measured) -> Limit:
         """What the kernel enforces on `target`; raises as `usage`."""
 
-    def peak(self, target: Measured) -> float | None:
+    def peak(self, target: Measured) -> float | None:  # noqa: ARG002
         """The kernel's own high-water mark of `target`, or None where it keeps none; raises as `usage`."""
         return None
 
-    def counter(self, target: Measured) -> float:
+    def whole(self, target: Measured) -> float:
+        """What 100 % means in a condition: the soft limit, unless there is something better to compare with.
+
+        `math.inf` where nothing bounds it: a percentage of that cannot be. Raises as `usage`.
+        """
+        return self.limit(target).soft
+
+    def elsewhere(self, target: Measured) -> Unsupported:
+        """The refusal for a target of a level where this is not measured."""
+        return Unsupported(
+            f"{self.name} is not measured for a {target.level}", f"it is for: {', '.join(sorted(self.levels))}"
+        )
+
+    def counter(self, target: Measured) -> float:  # noqa: ARG002
         """For a rate: the seconds consumed or stalled so far; raises as `usage`."""
         raise Unsupported(f"{self.name} is not a rate")

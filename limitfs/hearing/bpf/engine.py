@@ -1,0 +1,390 @@
+"""One object file at work: which hooks it found, its watches, and the records that come of them.
+
+An engine is loaded when it is first tried, and stays so; its hooks are attached only while somebody is armed.
+"""
+
+import ctypes
+import itertools
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from limitfs.hearing.bpf import libbpf
+from limitfs.hearing.bpf.layout import (
+    EVERY,
+    WATCHES,
+    Config,
+    Control,
+    Member,
+    Record,
+    Seed,
+    SeedError,
+    State,
+    Watch,
+    What,
+)
+from limitfs.hearing.bpf.libbpf import BPF_NOEXIST, BpfError
+from limitfs.hearing.reactor import Reactor
+from limitfs.hearing.source import Refused
+
+log = logging.getLogger(__name__)
+
+_OBJECTS = Path(__file__).parent
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"
+"""PROC_PID_INIT_INO of linux/proc_ns.h."""
+
+_CULPRIT = re.compile(r"prog '(\w+)': (?:BPF program load failed|failed to load)")
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """One way to hear what an object hears.
+
+    Attributes:
+        name: shown as `source`.
+        cost: whom it costs what, in words.
+        needed: sets of programs; of each set at least one must load and attach.
+        optional: programs that are taken along where they load and attach.
+    """
+
+    name: str
+    cost: str
+    needed: tuple[frozenset[str], ...]
+    optional: frozenset[str] = frozenset()
+
+    def suffice(self, programs: set[str]) -> bool:
+        """Whether these programs are enough."""
+        return all(some & programs for some in self.needed)
+
+
+class Client(Protocol):
+    """Whose watches an engine keeps."""
+
+    def crossed(self, record: Record) -> None:
+        """The state of a member turned."""
+
+    def ended(self, record: Record) -> None:
+        """A member has ended."""
+
+    def overran(self) -> None:
+        """Records were lost; the maps still know."""
+
+
+class Engine:
+    """The programs of one object.
+
+    Args:
+        reactor: calls when the ring holds something.
+        name: of the object: `fds`, `rss`, `tasks`.
+        ways: best first.
+        directory: where the objects are.
+    """
+
+    def __init__(self, reactor: Reactor, name: str, ways: tuple[Hooks, ...], directory: Path = _OBJECTS) -> None:
+        self.hooks: Hooks | None = None
+        self.on_birth: Callable[[Record], None] | None = None
+        self._reactor = reactor
+        self._path = directory / f"{name}.bpf.o"
+        self._ways = ways
+        self._missing: str | None = None
+        self._tried = False
+        self._object: libbpf.Object | None = None
+        self._programs: set[str] = set()
+        self._links = libbpf.Links()
+        self._detaching: threading.Thread | None = None
+        self._users = 0
+        self._ids = itertools.count(1)
+        self._clients: dict[int, Client] = {}
+        self._configs: dict[int, list[Watch]] = {}
+        self._dropped = 0
+
+    # What works here
+
+    def missing(self) -> str | None:
+        """None where one of the ways loads and attaches; else what is missing. Tried once."""
+        if not self._tried:
+            self._tried = True
+            self._missing = self._absent() or self._try_ways()
+        return self._missing
+
+    def _absent(self) -> str | None:
+        if not self._path.exists():
+            return f"{self._path.name} is not here: build with clang and libbpf-dev installed"
+        if os.readlink("/proc/self/ns/pid") != _INITIAL_PID_NAMESPACE:
+            return "not in the initial PID namespace, whose numbers the kernel's hooks tell"
+        try:
+            libbpf.library()
+        except BpfError as error:
+            return str(error.strerror)
+        if not os.path.exists("/sys/kernel/btf/vmlinux"):
+            return "no /sys/kernel/btf/vmlinux: the kernel needs CONFIG_DEBUG_INFO_BTF"
+        return None
+
+    def _try_ways(self) -> str | None:
+        reasons = []
+        for hooks in self._ways:
+            try:
+                self._try(hooks)
+            except BpfError as error:
+                self._unload()
+                reasons.append(f"{hooks.name}: {error.strerror}")
+                if error.errno in (1, 13) and os.geteuid() != 0:
+                    reasons.append("needs CAP_BPF and CAP_PERFMON")
+                continue
+            self.hooks = hooks
+            return None
+        return "; ".join(reasons)
+
+    def _try(self, hooks: Hooks) -> None:
+        """Load and attach; what is refused is left out while the rest suffices."""
+        programs = {"seed", *hooks.optional}.union(*hooks.needed)
+        while True:
+            self._object = libbpf.Object(self._path)
+            sections = self._object.sections()
+            programs = {name for name in programs if name in sections and libbpf.kernel_has(sections[name])}
+            if not hooks.suffice(programs):
+                raise BpfError(0, "the kernel has no such functions")
+            try:
+                self._object.load(programs)
+                break
+            except BpfError as error:
+                self._unload()
+                # Refused as a kind: the others of it would be as well.
+                culprit = None if error.errno == 1 else _culprit()
+                if culprit is None or culprit == "seed" or not hooks.suffice(programs - {culprit}):
+                    raise
+                programs.discard(culprit)
+        self._programs = programs
+        self._attach(hooks)
+        self._detach()
+
+    # Attached while used
+
+    def use(self) -> None:
+        """Attach, if nobody has done so; `release` is its counterpart.
+
+        Raises:
+            Refused: it does not work any more.
+        """
+        if self.missing() is not None or self._object is None or self.hooks is None:
+            raise Refused(self._missing or "closed")
+        if self._users == 0:
+            try:
+                self._attach(self.hooks)
+                self._ring = libbpf.Ring(self._object.map_fd("records"), self._receive)
+            except BpfError as error:
+                self._detach()
+                raise Refused(str(error)) from error
+            self._pending: list[Record] = []
+            self._dropped = self.control.dropped
+            self._reactor.add_reader(self._ring.fd, self._drain)
+        self._users += 1
+
+    def release(self) -> None:
+        """Detach, if nobody else uses it."""
+        self._users -= 1
+        if self._users == 0:
+            self._reactor.remove_reader(self._ring.fd)
+            self._ring.drain()  # or its records would be the next user's
+            self._ring.close()
+            self._pending.clear()
+            self._detach()
+
+    def close(self) -> None:
+        """Unload; nobody may use it any more."""
+        self._wait_detached()
+        self._unload()
+        self._tried = False
+
+    def _attach(self, hooks: Hooks) -> None:
+        assert self._object is not None
+        self._wait_detached()
+        attached = set()
+        for name in sorted(self._programs - {"seed"}):
+            try:
+                self._object.attach(name, self._links)
+                attached.add(name)
+            except BpfError as error:
+                log.debug("%s", error)
+        if not hooks.suffice(attached):
+            self._detach()
+            raise BpfError(0, "the kernel does not let the hooks be attached")
+
+    def _detach(self) -> None:
+        # fexit takes up to half a second, in which the event loop must go on.
+        links, self._links = self._links, libbpf.Links()
+        self._detaching = threading.Thread(target=links.destroy, name="limitfs-detach", daemon=True)
+        self._detaching.start()
+
+    def _wait_detached(self) -> None:
+        # A program cannot be attached again to the same function before that.
+        if self._detaching is not None:
+            self._detaching.join()
+            self._detaching = None
+
+    def _unload(self) -> None:
+        self._wait_detached()
+        if self._object is not None:
+            self._object.close()
+            self._object = None
+
+    # Watches
+
+    @property
+    def control(self) -> Control:
+        """The variables that the programs see at once."""
+        assert self._object is not None
+        control: Control = self._object.variables(".bss", Control)
+        return control
+
+    def add(self, client: Client, tgid: int, start: int, watches: list[Watch]) -> None:
+        """Watch one process, or every process (EVERY, 0).
+
+        Raises:
+            Refused: there are too many watches on it, or watched processes.
+        """
+        present = self._configs.get(tgid, [])
+        if len(present) + len(watches) > WATCHES:
+            raise Refused(f"{WATCHES} watches already")
+        for watch in watches:
+            watch.id = next(self._ids)
+            self._clients[watch.id] = client
+        self._store(tgid, start, present + watches)
+
+    def remove(self, tgid: int, start: int, watches: list[Watch]) -> None:
+        """Undo `add`; harmless where the process has ended meanwhile."""
+        ids = {watch.id for watch in watches}
+        for number in ids:
+            self._clients.pop(number, None)
+        if tgid in self._configs:
+            self._store(tgid, start, [watch for watch in self._configs[tgid] if watch.id not in ids])
+        for key in self._states().keys(Member) if tgid == EVERY else [Member(n, tgid, start) for n in ids]:
+            if key.watch in ids:
+                self._states().delete(key)
+
+    def forget(self, tgid: int) -> None:
+        """The process has ended: the kernel has dropped its watches by itself."""
+        self._configs.pop(tgid, None)
+
+    def _store(self, tgid: int, start: int, watches: list[Watch]) -> None:
+        assert self._object is not None
+        configs = self._object.map("configs")
+        if watches:
+            self._configs[tgid] = watches
+            config = Config(start=start, count=len(watches))
+            config.watches[: len(watches)] = watches
+            try:
+                configs.update(ctypes.c_uint32(tgid), config)
+            except BpfError as error:
+                raise Refused(str(error)) from error
+        else:
+            self._configs.pop(tgid, None)
+            configs.delete(ctypes.c_uint32(tgid))
+        if tgid == EVERY:
+            self.control.every = len(watches)
+
+    # States
+
+    def seed(self, config: int, member: Member, value: int, flips: int, limit: int) -> tuple[SeedError, int]:
+        """Take in a value that was read while the state was at `flips`; returns where it is now.
+
+        Raises:
+            Refused: the program does not run.
+        """
+        assert self._object is not None
+        argument = Seed(member=member, value=value, flips=flips, limit=limit, config=config)
+        try:
+            self._object.run("seed", argument)
+        except BpfError as error:
+            raise Refused(str(error)) from error
+        return SeedError(argument.error), argument.flips
+
+    def state(self, member: Member) -> State:
+        """The state of a member; all zero where it has none yet."""
+        state = State()
+        self._states().lookup(member, state)
+        return state
+
+    def states(self) -> list[tuple[Member, State]]:
+        """Every state that there is."""
+        return [(member, self.state(member)) for member in self._states().keys(Member)]
+
+    def drop_state(self, member: Member) -> None:
+        self._states().delete(member)
+
+    def add_share(self, kind: int, tgid: int, start: int, value: int) -> None:
+        """Count a process into the sum, unless the kernel has done so."""
+        assert self._object is not None
+        if self._object.map("shares").update(Member(kind, tgid, start), ctypes.c_int64(value), BPF_NOEXIST):
+            self.control.base[kind] += value
+
+    def clear_shares(self, kind: int) -> None:
+        """Count nobody any more."""
+        assert self._object is not None
+        shares = self._object.map("shares")
+        for member in shares.keys(Member):
+            if member.watch == kind:
+                shares.delete(member)
+        self.control.base[kind] = self.control.total[kind] = 0
+
+    def _states(self) -> libbpf.Map:
+        assert self._object is not None
+        return self._object.map("states")
+
+    # Records
+
+    def _receive(self, data: bytes) -> None:
+        self._pending.append(Record.from_buffer_copy(data))
+
+    def _drain(self) -> None:
+        self._ring.drain()
+        records, self._pending = self._pending, []
+        for record in records:
+            self._deliver(record)
+        if self._users and self.control.dropped != self._dropped:
+            self._dropped = self.control.dropped
+            for client in set(self._clients.values()):
+                _guarded(client.overran)
+
+    def _deliver(self, record: Record) -> None:
+        if record.what in (What.FORK, What.EXEC, What.EXIT):
+            if self.on_birth is not None:
+                _guarded(lambda: self.on_birth and self.on_birth(record))
+            return
+        client = self._clients.get(record.watch)
+        if client is not None:
+            _guarded(lambda: client.ended(record) if record.what == What.GONE else client.crossed(record))
+
+
+def _guarded(call: Callable[[], object]) -> None:
+    """One broken listener must not cost the others their records."""
+    try:
+        call()
+    except Exception:
+        log.exception("a listener failed")
+
+
+def _culprit() -> str | None:
+    """The program that the kernel refused last, from what libbpf said."""
+    for line in reversed(libbpf.said()):
+        match = _CULPRIT.search(line)
+        if match is not None:
+            return match[1]
+    return None
+
+
+def nanoseconds_per_call(call: Callable[[], object], rounds: int = 7, calls: int = 1000) -> float:
+    """The least of `rounds` measurements: what a call costs when nothing disturbs it."""
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter_ns() - begin) / calls)
+    return best

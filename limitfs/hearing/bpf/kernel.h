@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: GPL-2.0 OR MIT */
+/*
+ * The few members of kernel structures that the programs read, found at load
+ * through BTF (CO-RE). A whole vmlinux.h would say the same three times as
+ * slowly. Trap: an array in such a structure that is indexed by a variable
+ * takes the stride given here, so the element must be as large as the
+ * kernel's.
+ */
+#ifndef LIMITFS_KERNEL_H
+#define LIMITFS_KERNEL_H
+
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include <stdbool.h>
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct {
+	int counter;
+} atomic_t;
+
+typedef struct {
+	__s64 counter;
+} atomic64_t;
+
+/* x86; TS_COMPAT in `status` is set while a 32-bit system call runs. */
+struct thread_info {
+	unsigned int status;
+};
+
+struct kuid {
+	unsigned int val;
+};
+
+struct cred {
+	struct kuid uid;
+};
+
+struct rlimit {
+	unsigned long rlim_cur;
+	unsigned long rlim_max;
+};
+
+struct signal_struct {
+	atomic_t live;
+	struct rlimit rlim[16];
+	unsigned long maxrss;
+	int group_exit_code;
+};
+
+struct fdtable {
+	unsigned int max_fds;
+	unsigned long *open_fds;
+	unsigned long *full_fds_bits;
+};
+
+struct files_struct {
+	atomic_t count;
+	struct fdtable *fdt;
+};
+
+struct percpu_counter {
+	__s64 count;
+	int *counters;
+};
+
+struct task_struct;
+
+struct mm_struct {
+	unsigned long hiwater_rss;
+	unsigned long hiwater_vm;
+	unsigned long total_vm;
+	struct task_struct *owner;
+	struct percpu_counter rss_stat[4];
+};
+
+/* Before 6.2 the counters were atomics. */
+struct mm_rss_stat {
+	atomic64_t count[4];
+};
+
+struct mm_struct___atomic {
+	struct mm_rss_stat rss_stat;
+};
+
+struct task_struct {
+	struct thread_info thread_info;
+	unsigned int flags;
+	int exit_code;
+	int pid;
+	int tgid;
+	struct task_struct *group_leader;
+	struct task_struct *real_parent;
+	struct mm_struct *mm;
+	struct files_struct *files;
+	struct signal_struct *signal;
+	const struct cred *real_cred;
+	__u64 start_boottime;
+	char comm[16];
+};
+
+#if defined(__TARGET_ARCH_x86)
+struct pt_regs {
+	long orig_ax;
+};
+#define SYSCALL_NUMBER(regs) ((regs)->orig_ax)
+#elif defined(__TARGET_ARCH_arm64)
+struct pt_regs {
+	int syscallno;
+};
+#define SYSCALL_NUMBER(regs) ((regs)->syscallno)
+#elif defined(__TARGET_ARCH_riscv)
+struct pt_regs {
+	long a7;
+};
+#define SYSCALL_NUMBER(regs) ((regs)->a7)
+#else
+struct pt_regs {
+	long unused;
+};
+/* Unknown: no number, so every system call is taken to change something. */
+#define SYSCALL_NUMBER(regs) (-1)
+#endif
+
+#pragma clang attribute pop
+
+#define PF_KTHREAD 0x00200000
+
+#endif

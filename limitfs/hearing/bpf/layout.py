@@ -1,0 +1,141 @@
+"""What the kernel programs and we say to each other: limitfs.h once more, for ctypes. Change both."""
+
+import ctypes
+import enum
+
+WATCHES = 16
+EVERY = 0
+SHARE = 1_000_000_000
+KINDS = 8
+HIGHEST = 2**63 - 1
+
+_u32, _u64, _s64 = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64
+
+
+class Kind(enum.IntEnum):
+    """What a value counts: enum limitfs_kind."""
+
+    FDS = 0
+    MEMORY = 1
+    SHARED = 2
+    SWAP = 3
+    THREADS = 4
+
+
+class Flag(enum.IntFlag):
+    """enum limitfs_flag."""
+
+    DOWN = 1
+    STRICT = 2
+    CHANGE = 4
+    SUM = 8
+    ENTER_SHARE = 16
+    LEAVE_SHARE = 32
+
+
+class What(enum.IntEnum):
+    """enum limitfs_what."""
+
+    CROSSED = 0
+    GONE = 1
+    FORK = 2
+    EXEC = 3
+    EXIT = 4
+
+
+class SeedError(enum.IntEnum):
+    """The outcomes of the program `seed`."""
+
+    DONE = 0
+    NO_WATCH = 1
+    NO_ROOM = 2
+    AGAIN = 3
+
+
+class Watch(ctypes.Structure):
+    """One condition."""
+
+    _fields_ = (
+        ("id", _u32),
+        ("flags", _u32),
+        ("kind", _u32),
+        ("rlimit", _u32),
+        ("enter", _s64),
+        ("leave", _s64),
+    )
+
+
+class Config(ctypes.Structure):
+    """What is watched on one process, or on every process."""
+
+    _fields_ = (("start", _u64), ("count", _u32), ("unused", _u32), ("watches", Watch * WATCHES))
+
+
+class Member(ctypes.Structure):
+    """The key of a state."""
+
+    _fields_ = (("watch", _u32), ("tgid", _u32), ("start", _u64))
+
+
+class State(ctypes.Structure):
+    """The state of one member."""
+
+    _fields_ = (
+        ("flips", _u64),
+        ("value", _s64),
+        ("peak", _s64),
+        ("lost", _u64),
+        ("told", _u32),
+        ("gone", _u32),
+    )
+
+
+class Record(ctypes.Structure):
+    """What came through the ring."""
+
+    _fields_ = (
+        ("time", _u64),
+        ("value", _s64),
+        ("flips", _u64),
+        ("start", _u64),
+        ("watch", _u32),
+        ("what", _u32),
+        ("tgid", _u32),
+        ("tid", _u32),
+        ("uid", _u32),
+        ("unused", _u32),
+        ("comm", ctypes.c_char * 16),
+    )
+
+
+class Seed(ctypes.Structure):
+    """The argument of the program `seed`."""
+
+    _fields_ = (
+        ("member", Member),
+        ("value", _s64),
+        ("flips", _u64),
+        ("limit", _s64),
+        ("config", _u32),
+        ("error", _u32),
+    )
+
+
+class Control(ctypes.Structure):
+    """The variables that kernel and user space share."""
+
+    _fields_ = (
+        ("every", _u32),
+        ("sums", _u32),
+        ("births", _u32),
+        ("margin", _u32),
+        ("dropped", _u64),
+        ("full", _u64),
+        ("total", _s64 * KINDS),
+        ("base", _s64 * KINDS),
+    )
+
+
+def alarms(flips: int) -> int:
+    """How many entries into alarm `flips` stands for."""
+    return (flips + 1) // 2

@@ -1,0 +1,338 @@
+"""The part of libbpf that is needed here, through ctypes; https://docs.kernel.org/bpf/libbpf/.
+
+The library of the system is used (libbpf.so.1, 1.0 or later), loaded when it is first needed. Everything here
+runs on the event loop and takes micro- to milliseconds, apart from `destroy_links`, which may take half a second
+for some kinds of programs and is meant for a thread.
+"""
+
+import ctypes
+import os
+import resource
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+BPF_ANY, BPF_NOEXIST = 0, 1
+_KIND_TYPEDEF, _KIND_FUNC = 8, 12
+
+_pointer, _int, _uint, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
+_text = ctypes.c_char_p
+
+_PRINT = ctypes.CFUNCTYPE(_int, _int, _text, _pointer)
+_SAMPLE = ctypes.CFUNCTYPE(_int, _pointer, _pointer, _size)
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    # name: (result, arguments…)
+    "libbpf_set_print": (_pointer, _PRINT),
+    "btf__load_vmlinux_btf": (_pointer,),
+    "btf__find_by_name_kind": (_int, _pointer, _text, _uint),
+    "bpf_object__open_file": (_pointer, _text, _pointer),
+    "bpf_object__load": (_int, _pointer),
+    "bpf_object__close": (None, _pointer),
+    "bpf_object__next_program": (_pointer, _pointer, _pointer),
+    "bpf_object__find_map_by_name": (_pointer, _pointer, _text),
+    "bpf_program__name": (_text, _pointer),
+    "bpf_program__section_name": (_text, _pointer),
+    "bpf_program__set_autoload": (_int, _pointer, ctypes.c_bool),
+    "bpf_program__fd": (_int, _pointer),
+    "bpf_program__attach": (_pointer, _pointer),
+    "bpf_link__destroy": (_int, _pointer),
+    "bpf_map__fd": (_int, _pointer),
+    "bpf_map__initial_value": (_pointer, _pointer, ctypes.POINTER(_size)),
+    "bpf_map_update_elem": (_int, _int, _pointer, _pointer, ctypes.c_uint64),
+    "bpf_map_lookup_elem": (_int, _int, _pointer, _pointer),
+    "bpf_map_delete_elem": (_int, _int, _pointer),
+    "bpf_map_get_next_key": (_int, _int, _pointer, _pointer),
+    "bpf_prog_test_run_opts": (_int, _int, _pointer),
+    "ring_buffer__new": (_pointer, _int, _SAMPLE, _pointer, _pointer),
+    "ring_buffer__epoll_fd": (_int, _pointer),
+    "ring_buffer__consume": (_int, _pointer),
+    "ring_buffer__free": (None, _pointer),
+}
+
+
+class BpfError(OSError):
+    """The kernel or libbpf refused; `strerror` holds the last line that libbpf said, if any."""
+
+
+class _TestRun(ctypes.Structure):
+    """struct bpf_test_run_opts of bpf.h."""
+
+    _fields_ = (
+        ("sz", _size),
+        ("data_in", _pointer),
+        ("data_out", _pointer),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("ctx_in", _pointer),
+        ("ctx_out", _pointer),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("retval", ctypes.c_uint32),
+        ("repeat", _int),
+        ("duration", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("cpu", ctypes.c_uint32),
+        ("batch_size", ctypes.c_uint32),
+    )
+
+
+_VERIFIER_LOG = 65536
+"""Bytes of the verifier's log that are kept; what it dislikes is at the end."""
+
+_said: deque[str] = deque(maxlen=20)
+_libc = ctypes.CDLL(None)
+
+
+@_PRINT
+def _on_print(level: int, form: bytes, arguments: int) -> int:
+    if level > 0:  # LIBBPF_INFO, LIBBPF_DEBUG
+        return 0
+    # A va_list is passed as a pointer on all 64-bit machines that have BPF, so it can be handed on.
+    buffer = ctypes.create_string_buffer(_VERIFIER_LOG)
+    _libc.vsnprintf(buffer, _size(len(buffer)), form, _pointer(arguments))
+    _said.append(buffer.value.decode(errors="replace").strip())
+    return 0
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library, with its prints kept and its signatures set.
+
+    Raises:
+        BpfError: it is not installed, or is too old.
+    """
+    try:
+        found = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        for name, (result, *arguments) in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise BpfError(0, f"libbpf.so.1 is not here ({error}): install libbpf1 (Debian) or libbpf") from error
+    found.libbpf_set_print(_on_print)
+    _unlock_memory()
+    return found
+
+
+def _unlock_memory() -> None:
+    """Before Linux 5.11 maps count against RLIMIT_MEMLOCK; without the privilege, try with what there is."""
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):
+        soft_is_hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft_is_hard, soft_is_hard))
+
+
+def _error(what: str, code: int | None = None) -> BpfError:
+    number = abs(code) if code else ctypes.get_errno()
+    said = next((line for line in reversed(_said) if line), "")
+    return BpfError(number, f"{what}: {os.strerror(number)}" + (f" ({said})" if said else ""))
+
+
+@cache
+def _kernel_types() -> int | None:
+    return library().btf__load_vmlinux_btf() or None
+
+
+def kernel_has(section: str) -> bool:
+    """Whether what a program of `section` (`fentry/fd_install`, `tp_btf/sys_exit`) hooks is in the kernel's BTF.
+
+    True also where BTF does not know of such hooks (kprobe): then attaching tells.
+    """
+    kind, _, name = section.lstrip("?").partition("/")
+    types = _kernel_types()
+    if types is None:
+        return False
+    if kind == "tp_btf":
+        return bool(library().btf__find_by_name_kind(types, f"btf_trace_{name}".encode(), _KIND_TYPEDEF) > 0)
+    if kind in ("fentry", "fexit"):
+        return bool(library().btf__find_by_name_kind(types, name.encode(), _KIND_FUNC) > 0)
+    return True
+
+
+class Map:
+    """A hash map whose keys and values are ctypes structures or integers."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._library = library()
+
+    def update(self, key: Any, value: Any, flags: int = BPF_ANY) -> bool:
+        """Store; False where BPF_NOEXIST finds the key there.
+
+        Raises:
+            BpfError: the map is full (E2BIG), or there is no memory.
+        """
+        code = self._library.bpf_map_update_elem(self._fd, ctypes.byref(key), ctypes.byref(value), flags)
+        if code == 0:
+            return True
+        if flags == BPF_NOEXIST and ctypes.get_errno() == 17:
+            return False
+        raise _error("a map takes no more", code)
+
+    def lookup(self, key: Any, value: Any) -> bool:
+        """Fill in `value`; False where there is no such key."""
+        code = self._library.bpf_map_lookup_elem(self._fd, ctypes.byref(key), ctypes.byref(value))
+        return bool(code == 0)
+
+    def delete(self, key: Any) -> None:
+        """Remove; harmless where there is no such key."""
+        self._library.bpf_map_delete_elem(self._fd, ctypes.byref(key))
+
+    def keys(self, key_type: Any) -> list[Any]:
+        """All keys now; what comes and goes meanwhile may be in it or not."""
+        found: list[Any] = []
+        before, key = None, key_type()
+        while self._library.bpf_map_get_next_key(self._fd, before, ctypes.byref(key)) == 0:
+            found.append(key)
+            before, key = ctypes.byref(key), key_type()
+        return found
+
+
+class Links:
+    """Attached programs; detached by `destroy`."""
+
+    def __init__(self) -> None:
+        self._links: list[int] = []
+
+    def add(self, link: int) -> None:
+        self._links.append(link)
+
+    def destroy(self) -> None:
+        """Detach all; may take half a second (fexit), and may run in a thread. May be called twice."""
+        while self._links:
+            library().bpf_link__destroy(self._links.pop())
+
+
+class Object:
+    """One object file: opened, then loaded with some of its programs.
+
+    Args:
+        path: of the .bpf.o.
+
+    Raises:
+        BpfError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._library = library()
+        self._object = self._library.bpf_object__open_file(str(path).encode(), None)
+        if not self._object:
+            raise _error(f"cannot open {path}")
+        self._programs = dict(self._find_programs())
+
+    def close(self) -> None:
+        """Unload; links and rings must be gone before."""
+        if self._object:
+            self._library.bpf_object__close(self._object)
+            self._object = None
+
+    def sections(self) -> dict[str, str]:
+        """The section of each program by its name."""
+        return {
+            name: self._library.bpf_program__section_name(program).decode()
+            for name, program in self._programs.items()
+        }
+
+    def load(self, names: set[str]) -> None:
+        """Load the programs `names` and the maps.
+
+        Raises:
+            BpfError: the kernel refuses one of them.
+        """
+        for name, program in self._programs.items():
+            self._library.bpf_program__set_autoload(program, name in names)
+        code = self._library.bpf_object__load(self._object)
+        if code:
+            raise _error("the kernel refuses to load", code)
+
+    def attach(self, name: str, links: Links) -> None:
+        """Attach a loaded program.
+
+        Raises:
+            BpfError: the kernel has not what it hooks, or refuses.
+        """
+        link = self._library.bpf_program__attach(self._programs[name])
+        if not link:
+            raise _error(f"cannot attach {name}")
+        links.add(link)
+
+    def map(self, name: str) -> Map:
+        """The map `name` of a loaded object."""
+        return Map(self.map_fd(name))
+
+    def map_fd(self, name: str) -> int:
+        """The descriptor of the map `name`; the object keeps it."""
+        return int(self._library.bpf_map__fd(self._find_map(name)))
+
+    def variables(self, section: str, layout: Any) -> Any:
+        """The global variables of `section` (".bss", ".rodata") in place: before loading all, then .bss."""
+        size = _size()
+        address = self._library.bpf_map__initial_value(self._find_map(section), ctypes.byref(size))
+        if not address or size.value < ctypes.sizeof(layout):
+            raise _error(f"no variables in {section}")
+        return layout.from_address(address)
+
+    def run(self, name: str, argument: Any) -> None:
+        """Run a program of section "syscall" with `argument`, which it may change.
+
+        Raises:
+            BpfError: it cannot be run here.
+        """
+        options = _TestRun(sz=ctypes.sizeof(_TestRun))
+        options.ctx_in = ctypes.addressof(argument)
+        options.ctx_size_in = ctypes.sizeof(argument)
+        fd = self._library.bpf_program__fd(self._programs[name])
+        code = self._library.bpf_prog_test_run_opts(fd, ctypes.byref(options))
+        if code:
+            raise _error(f"cannot run {name}", code)
+
+    def _find_programs(self) -> Iterator[tuple[str, int]]:
+        program = self._library.bpf_object__next_program(self._object, None)
+        while program:
+            yield self._library.bpf_program__name(program).decode(), program
+            program = self._library.bpf_object__next_program(self._object, program)
+
+    def _find_map(self, name: str) -> int:
+        found = self._library.bpf_object__find_map_by_name(self._object, name.encode())
+        if not found:
+            raise _error(f"no map {name}")
+        return int(found)
+
+
+class Ring:
+    """A ring buffer; `fd` is readable while there is something in it.
+
+    Args:
+        map_fd: of the map.
+        receive: called by `drain` with each record.
+        most: records per `drain`, so that a busy kernel cannot keep the caller for good.
+    """
+
+    def __init__(self, map_fd: int, receive: Callable[[bytes], None], most: int = 4096) -> None:
+        self._library = library()
+        self._left = self._most = most
+
+        def sample(_context: int | None, data: int, size: int) -> int:
+            receive(ctypes.string_at(data, size))
+            self._left -= 1
+            # Less than 0 ends `drain`; this record is consumed all the same.
+            return 0 if self._left else -1
+
+        self._sample = _SAMPLE(sample)  # libbpf keeps no reference
+        self._ring = self._library.ring_buffer__new(map_fd, self._sample, None, None)
+        if not self._ring:
+            raise _error("no ring buffer")
+        self.fd = int(self._library.ring_buffer__epoll_fd(self._ring))
+
+    def drain(self) -> None:
+        """Take what is there."""
+        self._left = self._most
+        self._library.ring_buffer__consume(self._ring)
+
+    def close(self) -> None:
+        if self._ring:
+            self._library.ring_buffer__free(self._ring)
+            self._ring = None

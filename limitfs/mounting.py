@@ -1,0 +1,412 @@
+"""Mounts seen from outside the daemon: the kernel's table, whether a mount answers, starting and ending one.
+
+A mount whose daemon hangs blocks whoever touches it, and once the daemon has taken the request not even SIGKILL
+frees the caller. So nothing here touches a mount in this process: places come from mountinfo, and questions
+are asked by a child that can be left behind.
+"""
+
+import contextlib
+import enum
+import errno
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+FSTYPE = "fuse.limitfs"
+READY = b"\0"
+
+_log = logging.getLogger(__name__)
+
+
+class MountError(Exception):
+    """A mount that cannot be made, asked or taken away.
+
+    Args:
+        message: what is wrong, in a few words.
+        hint: what would help, if that can be said.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo."""
+
+    mountpoint: str
+    fstype: str
+    source: str
+
+
+class Health(enum.StrEnum):
+    """What a mount does when it is asked."""
+
+    ANSWERS = "answers"
+    STALE = "stale: its daemon is gone"
+    SILENT = "does not answer"
+    PRIVATE = "mounted by another user, for that user only"
+    ABSENT = "has no such file"
+
+
+# --- the kernel's table
+
+
+def unescape(field: str) -> str:
+    r"""Undo mountinfo's octal escapes, `\040` for a space; other bytes as in `os.fsdecode`."""
+    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8) & 0xFF]), os.fsencode(field))
+    return os.fsdecode(raw)
+
+
+def parse_mountinfo(text: str) -> Iterator[Mount]:
+    """Give the mounts in the order of the table; lines that are not mountinfo are passed over."""
+    for line in text.split("\n"):
+        # Optional fields stand before " - ", as many as the kernel likes; a path cannot hold a bare space.
+        left, dash, right = line.partition(" - ")
+        here, there = left.split(" "), right.split(" ")
+        if dash and len(here) >= 6 and len(there) >= 2:
+            yield Mount(unescape(here[4]), unescape(there[0]), unescape(there[1]))
+
+
+def table(path: str = "/proc/self/mountinfo") -> list[Mount]:
+    """Every mount of this namespace.
+
+    Raises:
+        OSError: there is no /proc.
+    """
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(parse_mountinfo(file.read()))
+
+
+def limitfs_mounts() -> list[Mount]:
+    """The mounts of limitfs, oldest first."""
+    return [mount for mount in table() if mount.fstype == FSTYPE]
+
+
+def top_mount(mountpoint: str) -> Mount | None:
+    """What a look-up of `mountpoint` meets: the newest mount there, None where nothing is mounted."""
+    return next((mount for mount in reversed(table()) if mount.mountpoint == mountpoint), None)
+
+
+def is_mounted(mountpoint: str) -> bool:
+    """Whether limitfs is what a look-up of `mountpoint` meets."""
+    mount = top_mount(mountpoint)
+    return mount is not None and mount.fstype == FSTYPE
+
+
+def resolve(directory: str) -> str:
+    """The path as mountinfo has it. Does not touch `directory` itself where limitfs is mounted on it."""
+    parent, name = os.path.split(os.path.abspath(directory))
+    place = os.path.join(os.path.realpath(parent), name)
+    return place if is_mounted(place) else os.path.realpath(place)
+
+
+# --- asking
+
+# statvfs is never answered from a cache. Exit code: the errno, 0 for an answer.
+_QUESTION = """
+import os, sys
+path, wants_text = sys.argv[1:]
+try:
+    os.statvfs(path)
+    if wants_text:
+        os.write(1, open(path, "rb").read(32768))
+except OSError as error:
+    sys.exit(error.errno)
+"""
+_HEALTH = {
+    0: Health.ANSWERS,
+    errno.ENOTCONN: Health.STALE,
+    errno.ECONNABORTED: Health.STALE,
+    errno.EACCES: Health.PRIVATE,
+    errno.ENOENT: Health.ABSENT,
+}
+
+
+def ask(path: str, *, text: bool = False, patience: float = 2.0) -> tuple[Health, str]:
+    """Touch `path` from a child process.
+
+    Args:
+        path: the mount point, or a file below it.
+        text: also read the file, up to 32 KiB.
+        patience: seconds to wait for the answer.
+
+    Returns:
+        How it went, and the text (empty without an answer).
+    """
+    reader, writer = os.pipe()
+    try:
+        try:
+            child = _spawn_question(path, text, writer)
+        finally:
+            os.close(writer)
+        code = _exit_code(child, patience)
+        if code is None:
+            return Health.SILENT, ""
+        answer = os.read(reader, 32768) if code == 0 else b""
+    finally:
+        os.close(reader)
+    return _HEALTH.get(code, Health.SILENT), answer.decode(errors="replace")
+
+
+def _spawn_question(path: str, text: bool, writer: int) -> int:
+    # The child may outlive us in an uninterruptible wait: it must not hold our caller's pipes.
+    quiet = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 2)]
+    argv = [sys.executable, "-I", "-S", "-c", _QUESTION, path, "1" if text else ""]
+    actions = [*quiet, (os.POSIX_SPAWN_DUP2, writer, 1)]
+    return os.posix_spawn(sys.executable, argv, os.environ, file_actions=actions)
+
+
+def _exit_code(child: int, patience: float) -> int | None:
+    pidfd = os.pidfd_open(child)
+    try:
+        if not _ends(pidfd, patience):
+            os.kill(child, signal.SIGKILL)
+            # A child in the kernel's grip ends when the daemon does; init reaps it then.
+            _ends(pidfd, 0.1)
+            os.waitpid(child, os.WNOHANG)
+            return None
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _ends(pidfd: int, patience: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(patience * 1000))
+
+
+def facts(mountpoint: str) -> dict[str, str]:
+    """The daemon's own `state` file as key and value; empty where there is none."""
+    _, text = ask(os.path.join(mountpoint, "state"), text=True)
+    pairs = (line.partition(" ") for line in text.splitlines())
+    return {key: value for key, _, value in pairs if key}
+
+
+# --- starting
+
+
+def launch(serve: Callable[[Callable[[], None]], int], patience: float = 60.0) -> str:
+    """Run `serve` as a daemon, and return once it has called its `ready`.
+
+    Until then the daemon's standard error comes here, so that what libfuse and its helper print is not lost;
+    afterwards it holds nothing of its caller's. If nobody waits any more when it gets ready, `ready` raises
+    BrokenPipeError in it, and it ends.
+
+    Args:
+        serve: called in the daemon with `ready`; its result is the daemon's exit code.
+        patience: seconds until `ready`.
+
+    Returns:
+        What the daemon printed on its way.
+
+    Raises:
+        MountError: it ended, or was not ready in time.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _become_daemon(serve, writer)
+    os.close(writer)
+    try:
+        os.waitpid(child, 0)
+        return _await_ready(reader, patience)
+    finally:
+        os.close(reader)
+
+
+def _become_daemon(serve: Callable[[Callable[[], None]], int], writer: int) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        # Not a session leader, so that opening a terminal never gives it one.
+        if os.fork():
+            os._exit(0)
+        _let_go(writer)
+        status = serve(_ready)
+    except BaseException as error:
+        # Without a handler, logging would print the traceback where the user expects words.
+        if _log.hasHandlers():
+            _log.critical("the daemon failed", exc_info=True)
+        with contextlib.suppress(OSError):
+            os.write(2, explain(error).encode(errors="replace") + b"\n")
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def _let_go(writer: int) -> None:
+    os.chdir("/")
+    os.umask(0o022)
+    os.dup2(writer, 2)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.closerange(3, max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1)
+
+
+def _ready() -> None:
+    os.write(2, READY)
+    os.dup2(0, 2)
+
+
+def _await_ready(reader: int, patience: float) -> str:
+    deadline = time.monotonic() + patience
+    heard = b""
+    poller = select.poll()
+    poller.register(reader, select.POLLIN)
+    while READY not in heard:
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise MountError(
+                f"the daemon was not ready within {patience:g} s", heard.decode(errors="replace").strip()
+            )
+        chunk = os.read(reader, 65536)
+        if not chunk:
+            text = heard.decode(errors="replace").strip()
+            raise MountError(
+                text or "the daemon ended before the mount was ready", "`limitfs doctor` tells what is missing"
+            )
+        heard += chunk
+    return heard.partition(READY)[0].decode(errors="replace").strip()
+
+
+def explain(error: BaseException) -> str:
+    """An exception in words for a user; of a group, each member once."""
+    if isinstance(error, BaseExceptionGroup):
+        return "\n".join(dict.fromkeys(explain(member) for member in error.exceptions))
+    text = str(error) or type(error).__name__
+    hint = getattr(error, "hint", "")
+    return f"{text}\n  {hint}" if hint else text
+
+
+# --- ending
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that keeps a mount busy."""
+
+    pid: int
+    comm: str
+    path: str
+
+
+def holders(mountpoint: str, limit: int = 10, patience: float = 2.0, proc: str = "/proc") -> list[Holder]:
+    """Find processes with an open file, working or root directory at or below `mountpoint`; not this one.
+
+    Args:
+        mountpoint: as mountinfo has it.
+        limit: how many to find at most.
+        patience: seconds to search at most.
+        proc: where procfs is.
+    """
+    found: list[Holder] = []
+    deadline = time.monotonic() + patience
+    for name in os.listdir(proc):
+        if len(found) >= limit or time.monotonic() > deadline:
+            break
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        if path := _held(f"{proc}/{name}", mountpoint):
+            found.append(Holder(int(name), _comm(f"{proc}/{name}"), path))
+    return sorted(found, key=lambda holder: holder.pid)
+
+
+def _held(process: str, mountpoint: str) -> str | None:
+    links = [f"{process}/cwd", f"{process}/root"]
+    with contextlib.suppress(OSError):
+        links += [f"{process}/fd/{fd}" for fd in os.listdir(f"{process}/fd")]
+    for link in links:
+        with contextlib.suppress(OSError):
+            # readlink on procfs prints the kernel's own path: the mount is not asked.
+            path = os.readlink(link)
+            if path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/"):
+                return path
+    return None
+
+
+def _comm(process: str) -> str:
+    try:
+        with open(f"{process}/comm", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def unmount(mountpoint: str, *, lazy: bool = False, patience: float = 10.0) -> None:
+    """Take the mount away, and wait until it is out of the table and, unless lazy, its daemon has ended.
+
+    Raises:
+        MountError: it is busy (the hint names the holders), or may not be unmounted.
+    """
+    daemon = None if lazy else _daemon_of(mountpoint)
+    try:
+        _run_umount(mountpoint, lazy, patience)
+        deadline = time.monotonic() + patience
+        while is_mounted(mountpoint):
+            if time.monotonic() > deadline:
+                raise MountError(
+                    f"{mountpoint} is still mounted after {patience:g} s", "another mount may lie below it"
+                )
+            time.sleep(0.02)
+        if daemon is not None and not _ends(daemon, patience):
+            raise MountError(f"{mountpoint} is unmounted, but its daemon still runs after {patience:g} s")
+    finally:
+        if daemon is not None:
+            os.close(daemon)
+
+
+def _daemon_of(mountpoint: str) -> int | None:
+    pid = facts(mountpoint).get("pid", "")
+    try:
+        return os.pidfd_open(int(pid))
+    except (ValueError, OSError):
+        return None
+
+
+def _run_umount(mountpoint: str, lazy: bool, patience: float) -> None:
+    # umount -c: finding the canonical path would touch a mount that may hang.
+    as_root = ["umount", "-c", *(["-l"] if lazy else []), mountpoint]
+    as_user = ["fusermount3", "-u", *(["-z"] if lazy else []), mountpoint]
+    command = as_root if os.geteuid() == 0 else as_user
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            timeout=patience,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise MountError(
+            f"{command[0]} is not installed", "Debian has it in the packages mount and fuse3"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise MountError(f"{mountpoint}: no answer to {command[0]}", "try `limitfs umount --lazy`") from None
+    if done.returncode == 0:
+        return
+    if "busy" in done.stderr:
+        raise MountError(f"{mountpoint} is busy", _who_holds(mountpoint))
+    raise MountError(done.stderr.strip() or f"{command[0]} failed")
+
+
+def _who_holds(mountpoint: str) -> str:
+    lines = [f"{holder.pid} ({holder.comm}) holds {holder.path}" for holder in holders(mountpoint)]
+    if not lines and os.geteuid() != 0:
+        lines = ["only root can see which processes of other users hold it"]
+    lines.append("end them, or detach it now with `limitfs umount --lazy`: it goes when the last of them lets go")
+    return "\n  ".join(lines)

@@ -1,0 +1,141 @@
+"""CPU time, as a rate and as a sum."""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+from limitfs.errors import Gone
+from limitfs.resources import limits, procfs
+from limitfs.resources.model import Level, Limit, Measured, Process, Resource, System, Thread, Unit
+from limitfs.resources.recent import Recent
+
+_LEVELS = frozenset({Level.THREAD, Level.PROCESS, Level.SYSTEM})
+_SHORTEST = 2 / procfs.TICKS
+"""Seconds; over less, a counter that moves in ticks shows 0 or several hundred percent."""
+
+
+def process_clock(pid: int) -> int:
+    """The id of another process' CPU clock for clock_gettime(2) and timer_create(2).
+
+    What clock_getcpuclockid(3) computes; Python has only the one for threads. 2 is CPUCLOCK_SCHED.
+    """
+    return (~pid << 3) | 2
+
+
+def consumed(target: Measured) -> float:
+    """CPU seconds that `target` has used so far, user and system.
+
+    A process: its CPU clock, to the nanosecond, threads that ended included. A thread: what the scheduler
+    accounted up to its last tick. The machine: all CPUs' time that was not idle, in ticks. A zombie: all that it
+    used.
+
+    Raises:
+        Gone: the process or thread ended.
+    """
+    match target:
+        case System():
+            return procfs.cpu_time()
+        case Process(pid=pid):
+            try:
+                clock = time.clock_gettime(process_clock(pid))
+            except OSError:  # gone, or a kernel without this clock: stat knows which
+                return _ticks(procfs.verify(target))
+            procfs.verify(target)
+            return clock
+        case Thread():
+            return _consumed_by_thread(target)
+
+
+def _consumed_by_thread(target: Thread) -> float:
+    try:
+        ran = procfs.runtime(target.pid, target.tid)
+    except Gone:  # gone, or a kernel without scheduler statistics: stat knows which
+        ran = 0
+    now = procfs.verify(target)
+    return ran / 1e9 if ran else _ticks(now)
+
+
+def _ticks(now: procfs.Stat) -> float:
+    return (now.utime + now.stime) / procfs.TICKS
+
+
+class _Sample(NamedTuple):
+    time: float
+    counter: float
+    rate: float
+
+
+class Cpu(Resource):
+    """CPU use: percent of one CPU, so a process with two busy threads uses 200.
+
+    Args:
+        clock: seconds since boot.
+    """
+
+    name = "cpu"
+    unit = Unit.PERCENT
+    levels = _LEVELS
+    help = "CPU use, percent of one CPU"
+    rate = True
+    window = 1.0
+
+    def __init__(self, clock: Callable[[], float] = procfs.uptime) -> None:
+        self._clock = clock
+        self._last: Recent[Measured, _Sample] = Recent()
+
+    def usage(self, target: Measured) -> float:
+        """Percent of one CPU since this was last asked about `target`; at first, since it started.
+
+        Asked again within two clock ticks, it gives the same answer again.
+        """
+        try:
+            counter = self.counter(target)
+        except Gone:
+            self._last.drop(target)
+            raise
+        now = self._clock()
+        last = self._last.get(target)
+        if last is None:
+            rate = counter / max(now - _start(target), _SHORTEST)
+        elif now - last.time < _SHORTEST:
+            return last.rate
+        else:
+            rate = max(counter - last.counter, 0.0) / (now - last.time)
+        self._last.put(target, _Sample(now, counter, 100 * rate))
+        return 100 * rate
+
+    def limit(self, target: Measured) -> Limit:
+        """No thread gets more than one CPU, nothing more than all that are online."""
+        procfs.check(target)
+        most = 100.0 if isinstance(target, Thread) else 100.0 * (os.cpu_count() or 1)
+        return Limit(most, most)
+
+    def whole(self, target: Measured) -> float:
+        """100 % is one CPU, whatever the target."""
+        procfs.check(target)
+        return 100.0
+
+    def counter(self, target: Measured) -> float:
+        return consumed(target)
+
+
+def _start(target: Measured) -> float:
+    return 0.0 if isinstance(target, System) else target.start / procfs.TICKS
+
+
+class Cputime(Resource):
+    """CPU seconds used so far. Passing the soft RLIMIT_CPU brings SIGXCPU, the hard one SIGKILL; getrlimit(2)."""
+
+    name = "cputime"
+    unit = Unit.SECONDS
+    levels = _LEVELS
+    help = "CPU time used so far, in seconds; limit: RLIMIT_CPU"
+    rlimit: ClassVar[int | None] = resource.RLIMIT_CPU
+
+    def usage(self, target: Measured) -> float:
+        return consumed(target)
+
+    def limit(self, target: Measured) -> Limit:
+        return limits.enforced(self, target)

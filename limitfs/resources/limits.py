@@ -1,0 +1,187 @@
+"""Resource limits of processes: reading, the text form, and setting them.
+
+See getrlimit(2), prlimit(2) and proc_pid_limits(5).
+"""
+
+import math
+import re
+import resource as rlimits
+from fractions import Fraction
+
+from limitfs.errors import Denied, Gone, Impossible, Invalid
+from limitfs.resources import procfs
+from limitfs.resources.model import Limit, Measured, Process, Resource, Unit
+
+_SUFFIXES: dict[Unit, dict[str, Fraction]] = {
+    Unit.BYTES: {suffix: Fraction(1024**power) for power, suffix in enumerate(["", "K", "M", "G", "T"])},
+    Unit.SECONDS: {
+        "": Fraction(1),
+        "us": Fraction(1, 1_000_000),
+        "ms": Fraction(1, 1000),
+        "s": Fraction(1),
+        "m": Fraction(60),
+        "h": Fraction(3600),
+    },
+    Unit.COUNT: {"": Fraction(1)},
+    Unit.PERCENT: {"": Fraction(1)},
+}
+_AMOUNT = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)([a-zA-Z]*)")
+_LARGEST = 2**63 - 1
+
+
+def check(resource: Resource, target: Measured) -> None:
+    """Make sure that `resource` is measured on `target`, and that `target` still exists.
+
+    Raises:
+        Unsupported: not at this level.
+        Gone: the process or thread ended.
+    """
+    if target.level not in resource.levels:
+        raise resource.elsewhere(target)
+    procfs.check(target)
+
+
+def enforced(resource: Resource, target: Measured) -> Limit:
+    """What the RLIMIT_* of `resource` lets `target` have: only a process has such limits, all else has none.
+
+    Raises:
+        Unsupported: not at this level.
+        Gone: the process or thread ended.
+    """
+    if isinstance(target, Process) and target.level in resource.levels and resource.rlimit is not None:
+        return read_limit(target, resource.rlimit)
+    check(resource, target)
+    return Limit()
+
+
+def read_limit(target: Process, rlimit: int) -> Limit:
+    """Soft and hard limit of a process.
+
+    Raises:
+        Gone: the process ended.
+    """
+    found = _present(target.pid, rlimit)
+    procfs.check(target)
+    return Limit(*found)
+
+
+def _present(pid: int, rlimit: int) -> tuple[float, float]:
+    try:
+        soft, hard = rlimits.prlimit(pid, rlimit)
+    except ProcessLookupError as error:
+        raise Gone(f"process {pid} has ended") from error
+    except PermissionError:
+        # Without CAP_SYS_RESOURCE prlimit(2) tells only of processes of our own user; the file tells of all.
+        return procfs.limits(pid)[rlimit]
+    return _from_kernel(soft), _from_kernel(hard)
+
+
+def _from_kernel(number: int) -> float:
+    return math.inf if number == rlimits.RLIM_INFINITY else number
+
+
+def _to_kernel(number: float) -> int:
+    return rlimits.RLIM_INFINITY if math.isinf(number) else int(number)
+
+
+def parse_limit(text: str, unit: Unit) -> tuple[float, float | None]:
+    """Soft and hard limit from "soft hard", or the soft limit alone from "soft" (hard is then None).
+
+    Either may be "max". "max" alone stands for both, as it does when a limit is read.
+
+    Raises:
+        Invalid: not of this form.
+        Impossible: more than the kernel can hold, not a whole number, or soft above hard.
+    """
+    words = text.split()
+    if words == ["max"]:
+        return math.inf, math.inf
+    if len(words) == 1:
+        return _amount(words[0], unit), None
+    if len(words) != 2:
+        raise Invalid(f"a limit is one or two numbers, not {len(words)}", 'write "soft", "soft hard" or "max"')
+    soft, hard = (_amount(word, unit) for word in words)
+    _ordered(soft, hard)
+    return soft, hard
+
+
+def _amount(word: str, unit: Unit) -> float:
+    if word == "max":
+        return math.inf
+    match = _AMOUNT.fullmatch(word)
+    suffixes = _SUFFIXES[unit]
+    if match is None or match[2] not in suffixes:
+        known = " ".join(filter(None, suffixes))
+        raise Invalid(
+            f"{word!r} is not a number of {unit}", f"units: {known}" if known else "write a plain number"
+        )
+    number = Fraction(match[1]) * suffixes[match[2]]
+    if number.denominator != 1:
+        raise Impossible(f"{word!r} is not a whole number", "the kernel keeps limits as whole numbers")
+    if number >= _LARGEST:
+        raise Impossible(f"{word!r} is more than the kernel can hold", 'write "max" for no limit')
+    return int(number)
+
+
+def _ordered(soft: float, hard: float) -> None:
+    if soft > hard:
+        raise Impossible(
+            f"the soft limit {_shown(soft)} is above the hard limit {_shown(hard)}", 'raise both: "soft hard"'
+        )
+
+
+def _shown(number: float) -> str:
+    return "max" if math.isinf(number) else str(int(number))
+
+
+def set_limit(
+    target: Process, rlimit: int, soft: float, hard: float | None = None, *, raise_hard: bool = False
+) -> None:
+    """Set the limits of a process, as its owner could with setrlimit(2).
+
+    Args:
+        target: the process.
+        rlimit: number of the RLIMIT_*.
+        soft: the new soft limit.
+        hard: the new hard limit; None leaves it.
+        raise_hard: whether the asking user may raise a hard limit. The daemon may be able to where the user is
+            not, so the kernel's own refusal is not enough.
+
+    Raises:
+        Gone: the process ended.
+        Impossible: soft above hard.
+        Denied: the hard limit would rise and may not, or the kernel refuses.
+    """
+    present = read_limit(target, rlimit).hard
+    hard = present if hard is None else hard
+    _ordered(soft, hard)
+    if hard > present and not raise_hard:
+        raise _refusal(hard, present)
+    try:
+        rlimits.prlimit(target.pid, rlimit, (_to_kernel(soft), _to_kernel(hard)))
+    except ProcessLookupError as error:
+        raise Gone(f"process {target.pid} has ended") from error
+    except PermissionError as error:
+        raise _beyond_nr_open(rlimit, hard) or _refusal(hard, present) from error
+
+
+def _refusal(hard: float, present: float) -> Denied:
+    if hard > present:
+        return Denied(
+            f"the hard limit is {_shown(present)} and may only be lowered",
+            "raising a hard limit takes CAP_SYS_RESOURCE",
+        )
+    return Denied(
+        "the kernel does not let the daemon set limits of this process",
+        "setting limits of another user's process takes CAP_SYS_RESOURCE",
+    )
+
+
+def _beyond_nr_open(rlimit: int, hard: float) -> Impossible | None:
+    """The reason where nobody may have so many descriptors, which the kernel calls EPERM too (getrlimit(2))."""
+    if rlimit != rlimits.RLIMIT_NOFILE:
+        return None
+    most = procfs.sysctl("fs/nr_open")
+    if hard <= most:
+        return None
+    return Impossible(f"no process may have more than {most} descriptors", "see /proc/sys/fs/nr_open")

@@ -1,0 +1,462 @@
+"""What each file says and does: the readers, writers and bindings that the table names.
+
+A `Place` is where a path leads. Readers return text for a user; writers take one whole command of a user and
+raise `LimitsError`. Nothing here knows FUSE.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from limitfs.errors import Absent, Denied, Exists, Gone, Invalid, Unsupported
+from limitfs.resources import RESOURCES, at, members, procfs, who
+from limitfs.resources.limits import parse_limit, set_limit
+from limitfs.resources.model import (
+    Collection,
+    Measured,
+    Process,
+    Processes,
+    Resource,
+    System,
+    Target,
+    Thread,
+    Threads,
+    Unit,
+)
+from limitfs.watching.condition import format_value, parse, render
+from limitfs.watching.crossing import iso
+from limitfs.watching.registry import HEARING
+from limitfs.watching.watcher import TOP_MEMBERS, Watcher
+
+if TYPE_CHECKING:
+    from limitfs.space.house import House
+
+TOP = 20
+"""Lines of `top`."""
+KEPT_PEAKS = 8192
+"""Own high-water marks that are kept, for resources whose peak the kernel does not keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a path leads.
+
+    Attributes:
+        path: below the mount point; empty for the root.
+        target: what is measured there, once the path has named it.
+        resource: likewise.
+        watcher: the name of a named watcher.
+    """
+
+    path: str = ""
+    target: Target | None = None
+    resource: Resource | None = None
+    watcher: str | None = None
+
+    def at(self, name: str) -> "Place":
+        """The same, one name further down."""
+        return replace(self, path=f"{self.path}/{name}" if self.path else name)
+
+    @property
+    def subject(self) -> tuple[Target, Resource]:
+        """Target and resource, in a resource directory."""
+        assert self.target is not None
+        assert self.resource is not None
+        return self.target, self.resource
+
+
+# Where paths lead
+
+
+def whole_system(place: Place) -> Place:
+    """system/"""
+    return replace(place, target=System())
+
+
+def all_processes(place: Place) -> Place:
+    """process/"""
+    return replace(place, target=Processes())
+
+
+def threads_of(place: Place) -> Place:
+    """process/PID/thread/"""
+    assert isinstance(place.target, Process)
+    return replace(place, target=Threads(place.target))
+
+
+def resource_names(place: Place, house: "House", user: int) -> list[str]:
+    """The resources measured at this level."""
+    del house, user
+    assert place.target is not None
+    return [resource.name for resource in at(place.target.level)]
+
+
+def bind_resource(place: Place, house: "House", user: int, name: str) -> Place:
+    """A resource directory."""
+    del house, user
+    assert place.target is not None
+    resource = RESOURCES.get(name)
+    if resource is None or place.target.level not in resource.levels:
+        raise Absent(f"{name} is not measured at {place.target.level} level")
+    return replace(place.at(name), resource=resource)
+
+
+def process_names(place: Place, house: "House", user: int) -> Iterable[str]:
+    """The processes that the user may see."""
+    del place
+    hidden = house.options.hidepid == 2 and user != 0
+    for pid in procfs.pids():
+        if not hidden or who.owner(pid) == user:
+            yield str(pid)
+
+
+def bind_process(place: Place, house: "House", user: int, name: str) -> Place:
+    """process/PID/, of a process that exists now."""
+    pid = _number(name)
+    try:
+        process = procfs.identify(pid)
+        hidden = house.options.hidepid == 2 and user not in (0, who.owner(pid))
+    except Gone:
+        raise Absent(f"no process {name}") from None
+    if hidden:
+        raise Absent(f"no process {name}")
+    return replace(place.at(name), target=process)
+
+
+def thread_names(place: Place, house: "House", user: int) -> Iterable[str]:
+    """The threads of the process, none when it has ended."""
+    del house, user
+    assert isinstance(place.target, Threads)
+    try:
+        procfs.check(place.target.process)
+        return [str(tid) for tid in procfs.tids(place.target.process.pid)]
+    except Gone:
+        return []
+
+
+def bind_thread(place: Place, house: "House", user: int, name: str) -> Place:
+    """process/PID/thread/TID/"""
+    del house, user
+    assert isinstance(place.target, Threads)
+    process = place.target.process
+    try:
+        procfs.check(process)
+        return replace(place.at(name), target=procfs.identify_thread(process.pid, _number(name)))
+    except Gone:
+        raise Absent(f"no thread {name} in process {process.pid}") from None
+
+
+def _number(name: str) -> int:
+    if not (name.isascii() and name.isdigit()) or name.startswith("0") or len(name) > 10:
+        raise Absent(f"no such name: {name!a}")
+    return int(name)
+
+
+def watcher_names(place: Place, house: "House", user: int) -> list[str]:
+    """The named watchers here."""
+    del user
+    return house.registry.names(*place.subject)
+
+
+def bind_watcher(place: Place, house: "House", user: int, name: str) -> Place:
+    """A named watcher's directory."""
+    del user
+    if house.registry.find(*place.subject, name) is None:
+        raise Absent(f"no watcher {name!a}")
+    return replace(place.at(name), watcher=name)
+
+
+def make_watcher(place: Place, house: "House", user: int, name: str) -> None:
+    """mkdir NAME: a further watcher."""
+    if house.registry.find(*place.subject, name) is not None:
+        raise Exists(f"a watcher {name!a} is here already")
+    if name.startswith((".", "(")) or not name.isprintable():
+        raise Invalid(
+            f"{name!a} is no good name for a watcher",
+            "printable characters, no dot or parenthesis at the beginning",
+        )
+    house.registry.make_named(*place.subject, place.path, name, user)
+
+
+def remove_watcher(place: Place, house: "House", user: int, name: str) -> None:
+    """rmdir NAME: the watcher is disarmed and gone."""
+    watcher = house.registry.find(*place.subject, name)
+    if watcher is None:
+        raise Absent(f"no watcher {name!a}")
+    if user not in (0, watcher.owner):
+        raise Denied(f"watcher {name!a} belongs to user {watcher.owner}")
+    house.registry.remove(watcher)
+
+
+def self_link(place: Place, house: "House", thread: int) -> str:
+    """process/self: the caller's process; FUSE tells the thread."""
+    del place, house
+    try:
+        return str(procfs.thread_group(thread))
+    except Gone:
+        raise Absent("the caller is of another PID namespace") from None
+
+
+def owner(place: Place, house: "House") -> int:
+    """The uid that a place belongs to: who made a watcher, else the owner of the process, else root."""
+    if place.watcher is not None:
+        watcher = house.registry.find(*place.subject, place.watcher)
+        return watcher.owner if watcher else 0
+    target = place.target
+    if isinstance(target, Process | Thread):
+        return who.owner(target.pid)
+    return who.owner(target.process.pid) if isinstance(target, Threads) else 0
+
+
+def has_members(place: Place) -> bool:
+    """Whether something stands below this place for which the resource is measured."""
+    target, resource = place.subject
+    return members.has_members(resource, target)
+
+
+# The files of a resource
+
+
+def show_usage(place: Place, house: "House", user: int) -> str:
+    """`usage`"""
+    del user
+    target, resource = place.subject
+    value = members.usage(resource, target)
+    note_peak(house, target, resource, value)
+    return format_value(value, resource.unit) + "\n"
+
+
+def show_limit(place: Place, house: "House", user: int) -> str:
+    """`limit`"""
+    del house, user
+    target, resource = place.subject
+    if isinstance(target, Collection):
+        return "max\n"
+    limit = resource.limit(target)
+    if limit.soft == limit.hard:
+        return _limit(limit.soft, resource.unit) + "\n"
+    return f"{_limit(limit.soft, resource.unit)} {_limit(limit.hard, resource.unit)}\n"
+
+
+def store_limit(place: Place, house: "House", user: int, text: str) -> None:
+    """A write to `limit`: prlimit(2) for a process; nothing else has a limit that can be set."""
+    del house
+    target, resource = place.subject
+    if not isinstance(target, Process) or resource.rlimit is None:
+        raise Unsupported(f"the kernel has no limit on {resource.name} to set here")
+    procfs.check(target)
+    soft, hard = parse_limit(text, resource.unit)
+    set_limit(target, resource.rlimit, soft, hard, raise_hard=user == 0)
+
+
+def _limit(value: float, unit: Unit) -> str:
+    return "max" if math.isinf(value) else format_value(value, unit)
+
+
+def show_peak(place: Place, house: "House", user: int) -> str:
+    """`peak`: the kernel's own mark (since the process or the machine began), else the highest seen here."""
+    del user
+    target, resource = place.subject
+    if not isinstance(target, Collection) and (mark := resource.peak(target)) is not None:
+        return f"{format_value(mark, resource.unit)} {iso(procfs.started(target))}\n"
+    value, since = note_peak(house, target, resource, members.usage(resource, target))
+    return f"{format_value(value, resource.unit)} {iso(since)}\n"
+
+
+def note_peak(house: "House", target: Target, resource: Resource, value: float) -> tuple[float, float]:
+    """Keep the highest value seen of `target`; returns it and since when it is kept."""
+    marks, key = house.highest, (target, resource.name)
+    highest, since = marks.pop(key, (value, house.registry.surroundings.wall()))
+    marks[key] = max(highest, value), since
+    if len(marks) > KEPT_PEAKS:
+        del marks[next(iter(marks))]
+    return marks[key]
+
+
+def show_top(place: Place, house: "House", user: int) -> str:
+    """`top`: the largest users below this place."""
+    del house, user
+    target, resource = place.subject
+    rows = sorted(members.usages(resource, target), key=lambda row: row[1], reverse=True)[:TOP]
+    return "".join(f"{format_value(value, resource.unit)} {_member(member)}\n" for member, value in rows)
+
+
+def _member(member: Measured) -> str:
+    described = who.describe(member)
+    number = described.pid if described.tid is None else described.tid
+    # A name is quoted as in event lines where it could be taken for more than one field or line.
+    comm = described.comm or "-"
+    return f"{number} {comm if comm.isprintable() and ' ' not in comm else ascii(comm)}"
+
+
+# The files of a watcher
+
+
+def find(place: Place, house: "House") -> Watcher | None:
+    """The watcher of a place, if it was made."""
+    return house.registry.find(*place.subject, place.watcher)
+
+
+def need(place: Place, house: "House") -> Watcher:
+    """The watcher of a place, made now where it is the resource's own. Raises Gone."""
+    watcher = find(place, house)
+    if watcher is None and place.watcher is not None:
+        raise Gone(f"watcher {place.watcher!a} was removed")
+    return watcher or house.registry.own(*place.subject, place.path)
+
+
+def show_threshold(place: Place, house: "House", user: int) -> str:
+    """`threshold`, in its canonical form."""
+    del user
+    _target, resource = place.subject
+    watcher = find(place, house)
+    return render(watcher.condition if watcher else None, resource.unit) + "\n"
+
+
+def store_threshold(place: Place, house: "House", user: int, text: str) -> None:
+    """A write to `threshold`."""
+    _target, resource = place.subject
+    condition = parse(text, resource.unit, resource.rate)
+    if condition is None and find(place, house) is None:
+        return
+    house.registry.set_condition(need(place, house), condition, user)
+
+
+def show_mode(place: Place, house: "House", user: int) -> str:
+    """`mode`, the choice in brackets."""
+    del user
+    target, resource = place.subject
+    watcher = find(place, house)
+    each = watcher.each if watcher else isinstance(target, Collection)
+    if isinstance(target, Collection) and not resource.summable:
+        return "[each]\n"
+    return _choice(("each", "sum"), "each" if each else "sum")
+
+
+def store_mode(place: Place, house: "House", user: int, text: str) -> None:
+    """A write to `mode`."""
+    del user
+    target, resource = place.subject
+    if text not in ("each", "sum"):
+        raise Invalid(f"{text!a} is no mode", "each or sum")
+    if text == "sum" and isinstance(target, Collection) and not resource.summable:
+        raise Unsupported(f"a sum of {resource.name} makes no sense", "each")
+    house.registry.set_mode(need(place, house), text == "each")
+
+
+def show_hearing(place: Place, house: "House", user: int) -> str:
+    """`hearing`, the choice in brackets."""
+    del user
+    watcher = find(place, house)
+    return _choice(HEARING, watcher.hearing if watcher else house.registry.hearing)
+
+
+def store_hearing(place: Place, house: "House", user: int, text: str) -> None:
+    """A write to `hearing`."""
+    del user
+    house.registry.set_hearing(need(place, house), text)
+
+
+def _choice(choices: tuple[str, ...], chosen: str) -> str:
+    return " ".join(f"[{choice}]" if choice == chosen else choice for choice in choices) + "\n"
+
+
+def show_state(place: Place, house: "House", user: int) -> str:
+    """`state`, flat-keyed; `-` for nothing."""
+    del user
+    target, resource = place.subject
+    watcher = find(place, house)
+    if watcher is None:
+        watcher = Watcher(
+            target,
+            resource,
+            place.path,
+            place.watcher,
+            0,
+            isinstance(target, Collection),
+            house.registry.surroundings,
+            lambda _watcher, _record: None,
+        )
+    return "".join(f"{key} {value}\n" for key, value in _state(watcher))
+
+
+def _state(watcher: Watcher) -> Iterable[tuple[str, object]]:
+    unit = watcher.resource.unit
+    armed = watcher.armed
+    yield "state", watcher.state
+    yield "value", "-" if watcher.value is None else format_value(watcher.value, unit)
+    yield "threshold", render(watcher.condition, unit)
+    yield "since", "-" if watcher.since is None else iso(watcher.since)
+    yield "alarms", watcher.alarms
+    yield "lost", watcher.lost_lines
+    yield "source", armed.source if armed else "-"
+    yield "guarantee", armed.guarantee if armed else "-"
+    yield "period", f"{armed.period:g}" if armed and armed.period else "-"
+    if not watcher.each:
+        return
+    alarmed = watcher.in_alarm()
+    for member, value in alarmed[:TOP_MEMBERS]:
+        number = member.tid if isinstance(member, Thread) else getattr(member, "pid", "-")
+        yield f"member {number}", format_value(value, unit)
+    yield "members", len(alarmed)
+
+
+# The files of the root
+
+
+def show_readme(place: Place, house: "House", user: int) -> str:
+    """README"""
+    del place, house, user
+    return files("limitfs").joinpath("README").read_text(encoding="utf-8")
+
+
+def show_features(place: Place, house: "House", user: int) -> str:
+    """`features`: resource, level, mode, source, guarantee and cost, tab-separated."""
+    del place, user
+    rows = ["resource\tlevel\tmode\tsource\tguarantee\tcost"]
+    for level, mode, target in _PROTOTYPES:
+        for resource in at(target.level):
+            if mode == "each" and not members.has_members(resource, target):
+                continue
+            if mode == "sum" and isinstance(target, Collection) and not resource.summable:
+                continue
+            source = next(house.registry.choices(resource, target, mode == "each", house.registry.hearing))
+            rows.append("\t".join((resource.name, level, mode, source.name, source.guarantee, source.cost)))
+    missing = [f"# {source.name}: {source.missing()}" for source in house.registry.sources if source.missing()]
+    return "\n".join(rows + missing) + "\n"
+
+
+_SOMEBODY = Process(0, 0)
+_PROTOTYPES: tuple[tuple[str, str, Target], ...] = (
+    ("system", "sum", System()),
+    ("system", "each", System()),
+    ("process", "each", Processes()),
+    ("process", "sum", Processes()),
+    ("process/PID", "sum", _SOMEBODY),
+    ("process/PID", "each", _SOMEBODY),
+    ("process/PID/thread", "each", Threads(_SOMEBODY)),
+    ("process/PID/thread", "sum", Threads(_SOMEBODY)),
+    ("process/PID/thread/TID", "sum", Thread(0, 0, 0)),
+)
+
+
+def show_last_error(place: Place, house: "House", user: int) -> str:
+    """`last_error`, the user's own."""
+    del place
+    return house.last_errors.show(user)
+
+
+def show_daemon(place: Place, house: "House", user: int) -> str:
+    """The root's `state`: what the daemon is doing; a watcher's line only for who may arm it."""
+    del place
+    watchers = [w for w in house.registry if w.condition is not None]
+    mine = [w for w in watchers if user in (0, w.owner)]
+    lines = [f"{key} {value}\n" for key, value in house.facts().items()]
+    lines.append(f"armed {len(watchers)}\n")
+    for watcher in mine[:TOP_MEMBERS]:
+        name = f"/{watcher.name}" if watcher.name else ""
+        threshold = render(watcher.condition, watcher.resource.unit)
+        lines.append(f"watcher {watcher.path}{name} {watcher.state} {threshold}\n")
+    return "".join(lines)

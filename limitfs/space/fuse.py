@@ -1,0 +1,401 @@
+"""The one module that knows pyfuse3: requests of the kernel become calls, and what those raise becomes errno.
+
+Handlers have no await in them, so each is atomic with regard to every other and to the sources' callbacks.
+None ever waits: a read that blocked would make its reader unkillable, and pyfuse3 answers no interrupt.
+"""
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    PollHandle,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
+
+from limitfs.errors import Denied, Exists, Forbidden, Invalid, LimitsError
+from limitfs.space import content
+from limitfs.space.handles import OpenFile, open_file
+from limitfs.space.house import House
+from limitfs.space.table import Dir, Event, Link
+from limitfs.space.tree import Node, Tree
+from limitfs.space.users import OpenFiles
+
+log = logging.getLogger(__name__)
+
+FOR_EVER = 3600.0
+"""Seconds the kernel may keep a name or attributes that do not change."""
+BRIEFLY = 1.0
+"""Seconds it may keep an owner, which a process can change; opening checks anew."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _guarded(
+    handler: Callable[Concatenate["Operations", P], T],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
+    """The wrapper around every handler: any exception but FUSEError would end the mount."""
+
+    async def guarded(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.requests += 1
+        try:
+            return handler(self, *args, **kwargs)
+        except LimitsError as error:
+            raise FUSEError(error.errno) from error
+        except FUSEError:
+            raise
+        except Exception:
+            log.exception("%s failed", handler.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    functools.update_wrapper(guarded, handler)
+    return guarded
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")
+
+
+class Operations(pyfuse3.Operations):
+    """Translates FUSE requests.
+
+    Attributes:
+        requests: how many came so far.
+    """
+
+    enable_writeback_cache = False
+    supports_dot_lookup = False
+
+    def __init__(self, tree: Tree, house: House) -> None:
+        super().__init__()
+        self.requests = 0
+        self._tree = tree
+        self._house = house
+        self._files: dict[int, tuple[OpenFile, Node, int]] = {}
+        self._listings: dict[int, tuple[Node, list[str], int]] = {}
+        self._open_files = OpenFiles(house.options.max_open)
+        self._next_handle = 0
+
+    # Names and attributes
+
+    @_guarded
+    def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        parent = self._tree.node(parent_inode)
+        self._enter(parent, ctx.uid)
+        if name == b".":
+            node = parent
+        elif name == b"..":
+            node = parent.parent or parent
+        else:
+            node = self._tree.lookup(parent, _text(name), ctx.uid)
+        attributes = self._attributes(node, ctx.uid)
+        node.lookups += 1
+        return attributes
+
+    @_guarded
+    def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes(self._tree.node(inode), ctx.uid)
+
+    @_guarded
+    def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Truncation does nothing; a new mtime is how the daemon makes inotify see an event."""
+        node = self._tree.node(inode)
+        with self._explained(node, ctx.uid, None):
+            if fields.update_mode or fields.update_uid or fields.update_gid:
+                raise Forbidden("mode and owner are those of the target", "they follow the process")
+            if fields.update_size and fh is None:
+                self._permit(node, ctx.uid, os.O_WRONLY)
+            self._own(node, ctx.uid)
+        if fields.update_mtime:
+            node.mtime_ns = attr.st_mtime_ns
+        return self._attributes(node, ctx.uid)
+
+    @_guarded
+    def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, lookups in inode_list:
+            self._tree.forget(inode, lookups)
+
+    @_guarded
+    def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        node = self._tree.node(inode)
+        if not isinstance(node.entry, Link):
+            raise Invalid(f"{node.place.path} is no link")
+        return FileNameT(node.entry.read(node.place, self._house, ctx.pid).encode())
+
+    @_guarded
+    def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        node = self._tree.node(inode)
+        return self._rights(node, ctx.uid) & mode == mode
+
+    def _attributes(self, node: Node, user: int) -> EntryAttributes:
+        attributes = EntryAttributes()
+        attributes.st_ino = node.ino
+        attributes.st_mode = node.kind | self._mode(node)
+        attributes.st_nlink = 2 if isinstance(node.entry, Dir) else 1
+        attributes.st_uid = self._tree.owner(node)
+        attributes.st_gid = 0
+        attributes.st_size = self._size(node, user)
+        attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = node.mtime_ns
+        attributes.entry_timeout = FOR_EVER if node.lasting else 0
+        attributes.attr_timeout = 0 if isinstance(node.entry, Event) else BRIEFLY
+        return attributes
+
+    def _mode(self, node: Node) -> int:
+        mode = node.entry.mode
+        hidden = self._house.options.hidepid >= 1 and node.family is not None and node.family.label == "PID"
+        return mode & 0o700 if hidden else mode
+
+    def _size(self, node: Node, user: int) -> int:
+        if not isinstance(node.entry, Event):
+            return 0
+        if node.entry.kind == "all":
+            return self._house.delivery.size_all(user)
+        if node.entry.kind == "births":
+            return 0
+        return self._house.delivery.size(content.find(node.place, self._house))
+
+    # Rights
+
+    def _rights(self, node: Node, user: int) -> int:
+        """The rwx bits that a user has on a node."""
+        mode = self._mode(node)
+        if user == 0:
+            # Root may do all that anybody may; what no one can write stays read-only, as in kernfs.
+            return (mode | mode >> 3 | mode >> 6) & 7
+        return (mode >> 6 if self._tree.owner(node) == user else mode) & 7
+
+    def _permit(self, node: Node, user: int, flags: int) -> None:
+        """Raises Denied."""
+        wanted = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}[flags & os.O_ACCMODE]
+        if self._rights(node, user) & wanted == wanted:
+            return
+        owner = self._tree.owner(node)
+        if user in (0, owner):
+            raise Denied("this file cannot be written" if wanted & os.W_OK else "this file cannot be read")
+        raise Denied(f"it belongs to user {owner}", "its owner and root may")
+
+    def _enter(self, node: Node, user: int) -> None:
+        if not self._rights(node, user) & os.X_OK:
+            raise Denied(f"{node.place.path} is closed to user {user} (hidepid)")
+
+    def _explained(self, node: Node, user: int, written: bytes | None, name: str | None = None) -> "_Explained":
+        path = node.path if name is None else node.place.at(name).path
+        return _Explained(self._house, user, path, written)
+
+    # Files
+
+    @_guarded
+    def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        node = self._tree.node(inode)
+        with self._explained(node, ctx.uid, None):
+            self._permit(node, ctx.uid, flags)
+            self._open_files.opened(ctx.uid)
+            try:
+                opened = open_file(node, self._house, ctx.uid)
+            except BaseException:
+                self._open_files.closed(ctx.uid)
+                raise
+        handle = self._handle()
+        self._files[handle] = opened, node, ctx.uid
+        # Direct I/O: sizes are not known before the read, and no page may be served twice.
+        return FileInfo(fh=FileHandleT(handle), direct_io=True, keep_cache=False)
+
+    def _handle(self) -> int:
+        self._next_handle += 1
+        return self._next_handle
+
+    @_guarded
+    def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return self._files[fh][0].read(off, size)
+
+    @_guarded
+    def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        del off
+        opened, node, user = self._files[fh]
+        with self._explained(node, user, buf):
+            # The owner may have changed since the file was opened: a setuid program must not be armed by an
+            # old descriptor. One command that is allowed is then told to be good.
+            self._permit(node, user, os.O_WRONLY)
+            opened.write(buf)
+            self._house.last_errors.accepted(user)
+        return len(buf)
+
+    @_guarded
+    def poll(self, inode: InodeT, fh: FileHandleT, poll_handle: PollHandle | None, ctx: RequestContext) -> int:
+        return self._files[fh][0].poll(poll_handle)
+
+    @_guarded
+    def release(self, fh: FileHandleT) -> None:
+        opened, _node, user = self._files.pop(fh)
+        self._open_files.closed(user)
+        opened.close()
+
+    # Directories
+
+    @_guarded
+    def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        node = self._tree.node(inode)
+        if not self._rights(node, ctx.uid) & os.R_OK:
+            raise Denied(f"{node.place.path} is closed to user {ctx.uid} (hidepid)")
+        handle = self._handle()
+        self._listings[handle] = node, list(self._tree.names(node, ctx.uid)), ctx.uid
+        return FileHandleT(handle)
+
+    @_guarded
+    def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        node, names, user = self._listings[fh]
+        if start_id == 0:
+            names[:] = self._tree.names(node, user)  # rewinddir(3) looks again
+        for index in range(start_id, len(names)):
+            try:
+                child = self._tree.lookup(node, names[index], user)
+                attributes = self._attributes(child, user)
+            except LimitsError:
+                continue  # it ended while we listed
+            if not pyfuse3.readdir_reply(
+                token, names[index].encode(errors="surrogateescape"), attributes, index + 1
+            ):
+                break
+            child.lookups += 1
+
+    @_guarded
+    def releasedir(self, fh: FileHandleT) -> None:
+        del self._listings[fh]
+
+    @_guarded
+    def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        parent = self._tree.node(parent_inode)
+        with self._explained(parent, ctx.uid, None, _text(name)):
+            family = self._tree.maker(parent)
+            if family is None or family.make is None:
+                raise Forbidden("no directory can be made here", "mkdir in a resource's directory makes a watcher")
+            self._own(parent, ctx.uid)
+            self._refuse_taken(parent, _text(name), ctx.uid)
+            family.make(parent.place, self._house, ctx.uid, _text(name))
+            self._house.last_errors.accepted(ctx.uid)
+        node = self._tree.lookup(parent, _text(name), ctx.uid)
+        node.lookups += 1
+        return self._attributes(node, ctx.uid)
+
+    def _refuse_taken(self, parent: Node, name: str, user: int) -> None:
+        try:
+            self._tree.lookup(parent, name, user)
+        except LimitsError:
+            return
+        raise Exists(f"{name!a} is here already")
+
+    @_guarded
+    def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        parent = self._tree.node(parent_inode)
+        with self._explained(parent, ctx.uid, None, _text(name)):
+            family = self._tree.maker(parent)
+            child = self._tree.lookup(parent, _text(name), ctx.uid)
+            if family is None or family.remove is None or child.family is not family:
+                raise Forbidden("this directory is fixed", "rmdir removes named watchers")
+            family.remove(parent.place, self._house, ctx.uid, _text(name))
+            self._house.last_errors.accepted(ctx.uid)
+
+    def _own(self, node: Node, user: int) -> None:
+        owner = self._tree.owner(node)
+        if user not in (0, owner):
+            raise Denied(f"it belongs to user {owner}", "its owner and root may")
+
+    @_guarded
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_namemax = 255
+        data.f_files = len(self._tree)
+        return data
+
+    # What the fixed tree has not
+
+    def _forbid(self, parent_inode: InodeT, name: FileNameT, user: int, what: str) -> None:
+        parent = self._tree.node(parent_inode)
+        with self._explained(parent, user, None, _text(name)):
+            raise Forbidden(f"{what} is not possible here", "the tree is fixed; see README")
+
+    @_guarded
+    def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        self._forbid(parent_inode, name, ctx.uid, "creating a file")
+        raise FUSEError(errno.EPERM)
+
+    @_guarded
+    def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        self._forbid(parent_inode, name, ctx.uid, "creating a file")
+        raise FUSEError(errno.EPERM)
+
+    @_guarded
+    def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        self._forbid(parent_inode, name, ctx.uid, "creating a link")
+        raise FUSEError(errno.EPERM)
+
+    @_guarded
+    def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        self._forbid(new_parent_inode, new_name, ctx.uid, "creating a link")
+        raise FUSEError(errno.EPERM)
+
+    @_guarded
+    def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        self._forbid(parent_inode_old, name_old, ctx.uid, "renaming")
+
+    @_guarded
+    def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        self._forbid(parent_inode, name, ctx.uid, "removing a file")
+
+
+class _Explained:
+    """Notes in `last_error` why what stands below it was refused."""
+
+    def __init__(self, house: House, user: int, path: str, written: bytes | None) -> None:
+        self._house = house
+        self._user = user
+        self._path = path
+        self._written = written
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, LimitsError):
+            written = None if self._written is None else self._written[:4096].decode(errors="backslashreplace").strip()
+            self._house.last_errors.refused(self._user, self._path, written, error)

@@ -1,0 +1,71 @@
+"""Making a change visible to inotify.
+
+The kernel raises inotify events only for what goes through the mount (see docs/architecture.md), so the daemon
+touches its own files: utimensat(2) with a new mtime and no atime gives exactly one IN_MODIFY, on the file
+and on its directory's watch, and no open or close. The call waits for our own request handlers, so it
+is made in a worker thread, by one task, never by a handler.
+"""
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable
+
+import trio
+
+log = logging.getLogger(__name__)
+
+_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_FDCWD = -100
+_UTIME_NOW = (1 << 30) - 1
+_UTIME_OMIT = (1 << 30) - 2
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_TIMES = (_Timespec * 2)(_Timespec(0, _UTIME_OMIT), _Timespec(0, _UTIME_NOW))
+
+
+def touch(path: str) -> None:
+    """Set the mtime of `path` to now and leave its atime. A path that is no more is nobody's loss."""
+    if _libc.utimensat(_AT_FDCWD, os.fsencode(path), ctypes.byref(_TIMES), _AT_SYMLINK_NOFOLLOW) != 0:
+        log.debug("touch %s: %s", path, os.strerror(ctypes.get_errno()))
+
+
+class Notifier:
+    """Touches the files that were announced, each once a batch.
+
+    Args:
+        mountpoint: where the tree is mounted.
+    """
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = mountpoint
+        self._batch: dict[str, None] = {}
+        self._then: list[Callable[[], None]] = []
+        self._wake = trio.Event()
+
+    def announce(self, path: str, then: Callable[[], None] | None = None) -> None:
+        """Have the file at `path` (below the mount point) touched soon, and `then` called; never blocks."""
+        self._batch[path] = None
+        if then is not None:
+            self._then.append(then)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serve for ever."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            batch, self._batch = self._batch, {}
+            then, self._then = self._then, []
+            await trio.to_thread.run_sync(self._touch_all, list(batch), abandon_on_cancel=True)
+            for call in then:
+                call()
+
+    def _touch_all(self, paths: list[str]) -> None:
+        for path in paths:
+            touch(f"{self._mountpoint}/{path}")

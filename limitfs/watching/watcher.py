@@ -1,0 +1,253 @@
+"""One watcher: a condition on a target, the alarm of each member, and the records that come of it.
+
+A watcher is told values (`reading`, `gone`, `lost`: the `Listener` of limitfs/hearing/source.py) and emits
+`Record`s. It reads nothing itself: clocks, limits and the description of a member are given to it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from limitfs.hearing.source import Armed, Want
+from limitfs.resources.model import Measured, Resource, Target
+from limitfs.resources.who import Who
+from limitfs.watching.alarm import Alarm, State
+from limitfs.watching.condition import Condition, render
+from limitfs.watching.crossing import Crossing, Record
+
+PRIVATE = "(private)"
+"""The name, in lines, of a watcher that belongs to one open file; no directory can be called that."""
+TOP_MEMBERS = 64
+"""As many members in alarm are listed in `state`; the rest is a count."""
+
+
+@dataclass(slots=True)
+class Surroundings:
+    """What a watcher needs of the world; one for all.
+
+    Attributes:
+        now: monotonic seconds.
+        wall: Unix time in seconds.
+        describe: who a member is; never raises.
+        whole: what 100 % of a resource is for a member, in the base unit; raises Gone.
+        call_at: have a function called at a monotonic time; returns a function that cancels it.
+    """
+
+    now: Callable[[], float]
+    wall: Callable[[], float]
+    describe: Callable[[Target], Who]
+    whole: Callable[[Resource, Target], float]
+    call_at: Callable[[float, Callable[[], None]], Callable[[], None]]
+    sequence: int = 0
+
+    def next_seq(self) -> int:
+        """Number a record; the numbers of one mount are unique and rise."""
+        self.sequence += 1
+        return self.sequence
+
+
+Emit = Callable[["Watcher", Record], None]
+
+
+@dataclass(slots=True, eq=False)
+class Watcher:
+    """A threshold on one path.
+
+    Attributes:
+        path: of the resource directory, below the mount point.
+        name: of a named watcher, "(private)", or None for the resource's own.
+        owner: uid of who made it; counts against that user's quota.
+        each: every member separately, else the total.
+        hearing: "auto", or "sampled" where the user declines hooks.
+        alarms: entries into alarm since it was armed.
+        lost: for how many of them no line exists.
+    """
+
+    target: Target
+    resource: Resource
+    path: str
+    name: str | None
+    owner: int
+    each: bool
+    surroundings: Surroundings
+    emit: Emit
+    hearing: str = "auto"
+    condition: Condition | None = None
+    armed: Armed | None = None
+    alarms: int = 0
+    lost_lines: int = 0
+    since: float | None = None
+    value: float | None = None
+    finished: Callable[["Watcher"], None] = lambda _watcher: None
+    """Called when a `once` condition has rung, or the target has ended (`ended` tells which)."""
+    ended: bool = False
+    _members: dict[Target, Alarm] = field(default_factory=dict)
+    _known: dict[Target, Who] = field(default_factory=dict)
+    _cancel_deadline: dict[Target, Callable[[], None]] = field(default_factory=dict)
+    _early: list[tuple[Target, float]] = field(default_factory=list)
+
+    def begin(self, condition: Condition) -> None:
+        """Start afresh with `condition`: all members clear, counters at zero."""
+        self.end()
+        self.condition = condition
+        self.alarms = self.lost_lines = 0
+        self.since = self.surroundings.wall()
+
+    def attach(self, armed: Armed) -> None:
+        """`armed` hears for this watcher from now on; what it said while it was being armed is taken in."""
+        self.armed = armed
+        early, self._early = self._early, []
+        for member, value in early:
+            self.reading(member, value)
+
+    def end(self) -> None:
+        """Disarm: the source is stopped and members are forgotten; counters stay readable."""
+        if self.armed is not None:
+            self.armed.disarm()
+            self.armed = None
+        self.condition = None
+        for cancel in self._cancel_deadline.values():
+            cancel()
+        self._cancel_deadline.clear()
+        self._members.clear()
+        self._known.clear()
+        self._early.clear()
+        self.value = None
+
+    def want(self) -> Want:
+        """What a source is to hear for this watcher."""
+        assert self.condition is not None
+        return Want(self.resource, self.target, self.each, self.condition, self.levels)
+
+    def levels(self, member: Measured) -> tuple[float, float]:
+        """(level, clear) for one member, from its limit as it is now where the condition is in percent of it."""
+        return self._levels(member)
+
+    @property
+    def shared(self) -> bool:
+        """Whether it stands at a path that others can watch; a private one belongs to an open file."""
+        return self.name != PRIVATE
+
+    @property
+    def state(self) -> State:
+        """OFF, or ALARM while any member is in alarm, else CLEAR."""
+        if self.condition is None:
+            return State.OFF
+        alarmed = any(alarm.state is State.ALARM for alarm in self._members.values())
+        return State.ALARM if alarmed else State.CLEAR
+
+    def in_alarm(self) -> list[tuple[Target, float]]:
+        """The members in alarm with their values, the most extreme first."""
+        upward = self.condition is None or self.condition.upward
+        found = [(m, a.value or 0.0) for m, a in self._members.items() if a.state is State.ALARM]
+        return sorted(found, key=lambda pair: pair[1], reverse=upward)
+
+    # The Listener
+
+    def reading(self, member: Target, value: float) -> None:
+        """Take in a value of `member`; emits a record where that makes a crossing."""
+        if self.condition is None:
+            return
+        if self.armed is None:
+            self._early.append((member, value))
+            return
+        alarm = self._members.get(member)
+        if alarm is None:
+            alarm = self._members[member] = Alarm(self.condition)
+        if not self.each:
+            self.value = value
+        level, clear = self._levels(member)
+        crossing = alarm.update(self.surroundings.now(), value, level, clear)
+        self._follow_deadline(member, alarm)
+        if crossing is not None:
+            self._ring(crossing, member, value)
+
+    def gone(self, member: Target) -> None:
+        """`member` has ended; said where it is the target itself or was in alarm."""
+        alarm = self._members.pop(member, None)
+        self._drop_deadline(member)
+        known = self._known.pop(member, None)
+        if self.ended or self.condition is None:
+            return
+        if member != self.target and (alarm is None or alarm.state is not State.ALARM):
+            return
+        self._emit(Crossing.GONE, member, alarm.value if alarm else None, known)
+        if member == self.target:
+            self.ended = True
+            self.finished(self)
+
+    def lost(self, count: int) -> None:
+        """The source missed `count` messages; a line says so and readings follow."""
+        if self.condition is not None:
+            self._emit(Crossing.LOST, self.target, None, None, count=count)
+
+    def missed(self, member: Target, alarms: int) -> None:
+        """`member` entered alarm `alarms` times of which no reading will come; they are counted."""
+        del member
+        self.alarms += alarms
+        self.lost_lines += alarms
+
+    # Inside
+
+    def _levels(self, member: Target) -> tuple[float, float]:
+        assert self.condition is not None
+        percent = any(a is not None and a.percent for a in (self.condition.amount, self.condition.clear))
+        limit = self.surroundings.whole(self.resource, member) if percent else math.inf
+        return self.condition.levels(limit)
+
+    def _ring(self, crossing: Crossing, member: Target, value: float) -> None:
+        self.since = self.surroundings.wall()
+        if crossing is Crossing.ALARM:
+            self.alarms += 1
+        self._emit(crossing, member, value, None)
+        if crossing is Crossing.ALARM and self.condition is not None and self.condition.once:
+            self.finished(self)
+
+    def _emit(
+        self, crossing: Crossing, member: Target, value: float | None, who: Who | None, count: int | None = None
+    ) -> None:
+        who = who or self.surroundings.describe(member)
+        if crossing is Crossing.ALARM:
+            # A member that ends in alarm is named in its last line, when /proc knows it no more.
+            self._known[member] = who
+        self.emit(self, self._record(crossing, value, who, count))
+
+    def _record(self, crossing: Crossing, value: float | None, who: Who, count: int | None) -> Record:
+        around = self.surroundings
+        return Record(
+            seq=around.next_seq(),
+            time=around.wall(),
+            crossing=crossing,
+            path=self.path,
+            watcher=self.name,
+            value=value,
+            unit=self.resource.unit,
+            threshold=render(self.condition, self.resource.unit),
+            pid=who.pid,
+            tid=who.tid,
+            comm=who.comm,
+            uid=who.uid,
+            partition=who.partition,
+            source=self.armed.source if self.armed else None,
+            guarantee=str(self.armed.guarantee) if self.armed else None,
+            count=count,
+        )
+
+    def _follow_deadline(self, member: Target, alarm: Alarm) -> None:
+        """Have a pending `for` looked at when it is over, though nothing changes."""
+        if alarm.deadline is None:
+            self._drop_deadline(member)
+        elif member not in self._cancel_deadline:
+            self._cancel_deadline[member] = self.surroundings.call_at(
+                alarm.deadline, lambda: self._deadline(member, alarm)
+            )
+
+    def _deadline(self, member: Target, alarm: Alarm) -> None:
+        self._cancel_deadline.pop(member, None)
+        if self._members.get(member) is alarm and alarm.value is not None:
+            self.reading(member, alarm.value)
+
+    def _drop_deadline(self, member: Target) -> None:
+        cancel = self._cancel_deadline.pop(member, None)
+        if cancel is not None:
+            cancel()

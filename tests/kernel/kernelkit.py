@@ -1,0 +1,93 @@
+"""Sources against the real kernel: a reactor that is turned by hand, and a listener that remembers."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from limitfs.hearing.cputimer import block_signal
+from limitfs.hearing.reactor import Reactor
+from limitfs.hearing.source import Want
+from limitfs.resources.model import Measured, Resource, Target
+from limitfs.watching.condition import parse
+
+# Before any thread is started: the timers' signal kills who does not block it.
+block_signal()
+
+PATIENCE = 30.0
+"""Seconds to wait for what must happen."""
+
+
+@dataclass
+class Heard:
+    """A listener."""
+
+    readings: list[tuple[Target, float]] = field(default_factory=list)
+    ended: list[Target] = field(default_factory=list)
+    losses: int = 0
+
+    def reading(self, member: Target, value: float) -> None:
+        self.readings.append((member, value))
+
+    def gone(self, member: Target) -> None:
+        self.ended.append(member)
+
+    def lost(self, count: int) -> None:
+        self.losses += count
+
+    def values(self, member: Target | None = None) -> list[float]:
+        return [value for who, value in self.readings if member in (None, who)]
+
+
+class Turned(Reactor):
+    """A reactor that a test turns."""
+
+    def until(self, what: Callable[[], object], seconds: float = PATIENCE) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, "it did not happen"
+            self.pump(0.1)
+
+    def quiet(self, seconds: float) -> int:
+        """Turn for so long; how often there was anything to do."""
+        turns = 0
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            turns += bool(self._epoll.poll(min(left, max(0.0, self.next_time() - self.now()))))
+            self.pump(0)
+        return turns
+
+
+@contextlib.contextmanager
+def turned() -> Iterator[Turned]:
+    """A reactor; afterwards nothing may be registered, and no descriptor left open."""
+    before = set(os.listdir("/proc/self/fd"))
+    reactor = Turned()
+    yield reactor
+    assert not reactor._readers, "a descriptor is still registered"
+    reactor.close()
+    left = {fd for fd in os.listdir("/proc/self/fd") if fd not in before and os.path.lexists(f"/proc/self/fd/{fd}")}
+    assert not {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in left - helpers_pipes(left)}
+
+
+def helpers_pipes(fds: set[str]) -> set[str]:
+    """Those of the children that a test made, which live until its end."""
+    return {fd for fd in fds if os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")}
+
+
+def want(resource: Resource, target: Target, text: str, each: bool = False) -> Want:
+    """As `watching` makes it."""
+    condition = parse(text, resource.unit, resource.rate)
+    assert condition is not None
+
+    def levels(member: Measured) -> tuple[float, float]:
+        return condition.levels(resource.whole(member))
+
+    return Want(resource, target, each, condition, levels)
+
+
+def burn(seconds: float) -> str:
+    """A line for a helper: use that much CPU time more, in the thread that runs it."""
+    code = f"end = time.thread_time() + {seconds}\nwhile time.thread_time() < end: pass"
+    return f"exec({code!r})"
