@@ -98,7 +98,8 @@ class Daemon:
             nursery.start_soon(self.notifier.run)
             nursery.start_soon(_terminate_on_signal)
             ready()
-            await pyfuse3.main()
+            # One task is enough, and quickest: no handler ever waits.
+            await pyfuse3.main(min_tasks=1, max_tasks=1)
             nursery.cancel_scope.cancel()
 
     def facts(self) -> dict[str, object]:

@@ -109,7 +109,7 @@ def limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 class Helper:
     """A child process that does what it is told: the thing that is watched."""
 
-    def __init__(self, code: str, uid: int = 0) -> None:
+    def __init__(self, code: str = "", uid: int = 0) -> None:
         program = f"import os, sys, socket, threading, time, mmap\nheld = []\n{code}\n"
         program += "print('ready', flush=True)\n"
         program += "for line in sys.stdin:\n    exec(line)\n    print('done', flush=True)\n"

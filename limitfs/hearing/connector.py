@@ -408,7 +408,7 @@ def _listen() -> socket.socket:
 
 
 def _send(sock: socket.socket, request: int) -> None:
-    body = _CN_MSG.pack(_CN_IDX_PROC, _CN_VAL_PROC, os.getpid(), 0, _REQUEST.size, 0) + _REQUEST.pack(request)
+    body = _CN_MSG.pack(_CN_IDX_PROC, _CN_VAL_PROC, 0, os.getpid(), _REQUEST.size, 0) + _REQUEST.pack(request)
     sock.send(_NLMSG.pack(_NLMSG.size + len(body), _NLMSG_DONE, 0, 0, 0) + body)
 
 
@@ -419,7 +419,8 @@ def _await_answer(sock: socket.socket) -> None:
         except BlockingIOError:
             break
         what = _HEAD.unpack_from(message, _WHAT)[0]
-        if what == 0 and _CN_MSG.unpack_from(message, _NLMSG.size)[2] == os.getpid():
+        acknowledged = _CN_MSG.unpack_from(message, _NLMSG.size)[3]
+        if what == 0 and acknowledged == os.getpid() + 1:  # others who listen are answered here too
             error = _REQUEST.unpack_from(message, _DATA)[0]
             if error:
                 raise OSError(error, os.strerror(error))

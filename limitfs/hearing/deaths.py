@@ -85,6 +85,9 @@ class Deaths:
             # The descriptor pins whoever had the number when it was opened: check who that is.
             _check(process, fd)
             self._reactor.add_reader(fd, lambda: self._ended(process))
+        except OSError as error:
+            os.close(fd)
+            raise Refused(f"following process {process.pid}: {error.strerror}") from error
         except BaseException:
             os.close(fd)
             raise

@@ -358,7 +358,13 @@ def thread_group(tid: int) -> int:
 @_of_process
 def owner(pid: int) -> tuple[int, int]:
     """User and group that own /proc/PID: the effective ones, or root where the process may not be traced."""
-    about = os.stat(f"{ROOT}/{pid}")
+    # Not /proc/PID itself, which is the effective user's in any case (task_dump_owner in fs/proc/base.c).
+    about = os.stat(f"{ROOT}/{pid}/stat")
+    if about.st_uid == 0:
+        effective = os.stat(f"{ROOT}/{pid}")
+        # A zombie cannot be traced either, but nothing in it needs to be kept from its user.
+        if effective.st_uid != 0 and stat(pid).zombie:
+            about = effective
     return about.st_uid, about.st_gid
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from limitfs.errors import Absent, Denied, Exists, Gone, Invalid, Unsupported
@@ -33,6 +34,8 @@ from limitfs.watching.watcher import TOP_MEMBERS, Watcher
 if TYPE_CHECKING:
     from limitfs.space.house import House
 
+LONGEST_NAME = 255
+"""Bytes of a watcher's name, as statfs says."""
 TOP = 20
 """Lines of `top`."""
 KEPT_PEAKS = 8192
@@ -101,6 +104,16 @@ def bind_resource(place: Place, house: "House", user: int, name: str) -> Place:
     if resource is None or place.target.level not in resource.levels:
         raise Absent(f"{name} is not measured at {place.target.level} level")
     return replace(place.at(name), resource=resource)
+
+
+def hides(house: "House", user: int, member: Target) -> bool:
+    """Whether `hidepid` keeps the user from knowing of a member, and of its name."""
+    if not house.options.hidepid or user == 0 or not isinstance(member, Process | Thread):
+        return False
+    try:
+        return who.owner(member.pid) != user
+    except Gone:
+        return True
 
 
 def process_names(place: Place, house: "House", user: int) -> Iterable[str]:
@@ -177,6 +190,8 @@ def make_watcher(place: Place, house: "House", user: int, name: str) -> None:
             f"{name!a} is no good name for a watcher",
             "printable characters, no dot or parenthesis at the beginning",
         )
+    if len(name.encode()) > LONGEST_NAME:
+        raise Invalid(f"a name of {len(name.encode())} bytes", f"at most {LONGEST_NAME}")
     house.registry.make_named(*place.subject, place.path, name, user)
 
 
@@ -276,10 +291,10 @@ def note_peak(house: "House", target: Target, resource: Resource, value: float) 
 
 
 def show_top(place: Place, house: "House", user: int) -> str:
-    """`top`: the largest users below this place."""
-    del house, user
+    """`top`: the largest users below this place, of those that the user may see."""
     target, resource = place.subject
-    rows = sorted(members.usages(resource, target), key=lambda row: row[1], reverse=True)[:TOP]
+    seen = (row for row in members.usages(resource, target) if not hides(house, user, row[0]))
+    rows = sorted(seen, key=lambda row: row[1], reverse=True)[:TOP]
     return "".join(f"{format_value(value, resource.unit)} {_member(member)}\n" for member, value in rows)
 
 
@@ -294,17 +309,22 @@ def _member(member: Measured) -> str:
 # The files of a watcher
 
 
-def find(place: Place, house: "House") -> Watcher | None:
+def known(place: Place, house: "House") -> Watcher | None:
     """The watcher of a place, if it was made."""
     return house.registry.find(*place.subject, place.watcher)
 
 
-def need(place: Place, house: "House") -> Watcher:
-    """The watcher of a place, made now where it is the resource's own. Raises Gone."""
-    watcher = find(place, house)
+def find(place: Place, house: "House") -> Watcher | None:
+    """The same; None only where it is the resource's own. Raises Gone for a watcher that was removed."""
+    watcher = known(place, house)
     if watcher is None and place.watcher is not None:
         raise Gone(f"watcher {place.watcher!a} was removed")
-    return watcher or house.registry.own(*place.subject, place.path)
+    return watcher
+
+
+def need(place: Place, house: "House") -> Watcher:
+    """The watcher of a place, made now where it is the resource's own. Raises Gone."""
+    return find(place, house) or house.registry.own(*place.subject, place.path)
 
 
 def show_threshold(place: Place, house: "House", user: int) -> str:
@@ -365,7 +385,6 @@ def _choice(choices: tuple[str, ...], chosen: str) -> str:
 
 def show_state(place: Place, house: "House", user: int) -> str:
     """`state`, flat-keyed; `-` for nothing."""
-    del user
     target, resource = place.subject
     watcher = find(place, house)
     if watcher is None:
@@ -379,10 +398,10 @@ def show_state(place: Place, house: "House", user: int) -> str:
             house.registry.surroundings,
             lambda _watcher, _record: None,
         )
-    return "".join(f"{key} {value}\n" for key, value in _state(watcher))
+    return "".join(f"{key} {value}\n" for key, value in _state(watcher, house, user))
 
 
-def _state(watcher: Watcher) -> Iterable[tuple[str, object]]:
+def _state(watcher: Watcher, house: "House", user: int) -> Iterable[tuple[str, object]]:
     unit = watcher.resource.unit
     armed = watcher.armed
     yield "state", watcher.state
@@ -397,7 +416,8 @@ def _state(watcher: Watcher) -> Iterable[tuple[str, object]]:
     if not watcher.each:
         return
     alarmed = watcher.in_alarm()
-    for member, value in alarmed[:TOP_MEMBERS]:
+    shown = (pair for pair in alarmed if not hides(house, user, pair[0]))
+    for member, value in islice(shown, TOP_MEMBERS):
         number = member.tid if isinstance(member, Thread) else getattr(member, "pid", "-")
         yield f"member {number}", format_value(value, unit)
     yield "members", len(alarmed)
@@ -424,7 +444,7 @@ def show_features(place: Place, house: "House", user: int) -> str:
                 continue
             source = next(house.registry.choices(resource, target, mode == "each", house.registry.hearing))
             rows.append("\t".join((resource.name, level, mode, source.name, source.guarantee, source.cost)))
-    missing = [f"# {source.name}: {source.missing()}" for source in house.registry.sources if source.missing()]
+    missing = [f"# {name}: {why}" for name, why in house.registry.missing.items() if why is not None]
     return "\n".join(rows + missing) + "\n"
 
 

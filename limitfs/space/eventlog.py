@@ -76,7 +76,7 @@ class Cursor:
         overtaken: makes the line that says how many lines were dropped unread.
     """
 
-    __slots__ = ("_chunk", "_chunk_at", "_next", "_overtaken", "_seen", "log")
+    __slots__ = ("_begun", "_chunk", "_chunk_at", "_next", "_overtaken", "_seen", "log")
 
     def __init__(self, log: EventLog, overtaken: Callable[[int], bytes]) -> None:
         self.log = log
@@ -84,7 +84,9 @@ class Cursor:
         self._chunk = b""
         self._chunk_at = 0
         self._next = log.end
-        self._seen: int | None = None
+        # Lines that came after this reader are owed to it, also before its first read.
+        self._seen = log.total
+        self._begun = False
 
     def rewind(self, offset: int) -> None:
         """Take a fresh snapshot that stands at file offset `offset`."""
@@ -94,7 +96,7 @@ class Cursor:
         """Up to `size` bytes at file offset `offset`; empty at the end."""
         if offset == 0:
             self.rewind(0)
-        elif self._seen is None or offset < self._chunk_at:
+        elif not self._begun or offset < self._chunk_at:
             self._load(offset, offset)
         behind = offset - self._chunk_at
         if behind >= len(self._chunk):
@@ -109,9 +111,10 @@ class Cursor:
 
     def _load(self, offset: int, position: int) -> None:
         """Hold what is retained from log offset `position`, at file offset `offset`."""
-        missed = self.log.dropped_since(self._seen) if self._seen is not None else 0
+        missed = self.log.dropped_since(self._seen)
         notice = self._overtaken(missed) if missed else b""
         self._chunk = notice + self.log.since(position)
         self._chunk_at = offset
         self._next = self.log.end
         self._seen = self.log.total
+        self._begun = True

@@ -91,6 +91,8 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, tuple[Node, list[str], int]] = {}
         self._open_files = OpenFiles(house.options.max_open)
         self._next_handle = 0
+        # Who mounted may do what root may: the daemon cannot do more than he can.
+        self._masters = frozenset((0, os.geteuid()))
 
     # Names and attributes
 
@@ -110,7 +112,9 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes(self._tree.node(inode), ctx.uid)
+        node = self._tree.node(inode)
+        self._reach(node, ctx.uid)
+        return self._attributes(node, ctx.uid)
 
     @_guarded
     def setattr(
@@ -124,6 +128,7 @@ class Operations(pyfuse3.Operations):
         """Truncation does nothing; a new mtime is how the daemon makes inotify see an event."""
         node = self._tree.node(inode)
         with self._explained(node, ctx.uid, None):
+            self._reach(node, ctx.uid)
             if fields.update_mode or fields.update_uid or fields.update_gid:
                 raise Forbidden("mode and owner are those of the target", "they follow the process")
             if fields.update_size and fh is None:
@@ -148,6 +153,7 @@ class Operations(pyfuse3.Operations):
     @_guarded
     def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         node = self._tree.node(inode)
+        self._reach(node, ctx.uid)
         return self._rights(node, ctx.uid) & mode == mode
 
     def _attributes(self, node: Node, user: int) -> EntryAttributes:
@@ -175,14 +181,14 @@ class Operations(pyfuse3.Operations):
             return self._house.delivery.size_all(user)
         if node.entry.kind == "births":
             return 0
-        return self._house.delivery.size(content.find(node.place, self._house))
+        return self._house.delivery.size(content.known(node.place, self._house))
 
     # Rights
 
     def _rights(self, node: Node, user: int) -> int:
         """The rwx bits that a user has on a node."""
         mode = self._mode(node)
-        if user == 0:
+        if user in self._masters:
             # Root may do all that anybody may; what no one can write stays read-only, as in kernfs.
             return (mode | mode >> 3 | mode >> 6) & 7
         return (mode >> 6 if self._tree.owner(node) == user else mode) & 7
@@ -193,13 +199,22 @@ class Operations(pyfuse3.Operations):
         if self._rights(node, user) & wanted == wanted:
             return
         owner = self._tree.owner(node)
-        if user in (0, owner):
+        if user == owner or user in self._masters:
             raise Denied("this file cannot be written" if wanted & os.W_OK else "this file cannot be read")
         raise Denied(f"it belongs to user {owner}", "its owner and root may")
 
     def _enter(self, node: Node, user: int) -> None:
+        """Raises Denied where the way into a directory is closed."""
+        self._reach(node, user)
         if not self._rights(node, user) & os.X_OK:
             raise Denied(f"{node.place.path} is closed to user {user} (hidepid)")
+
+    def _reach(self, node: Node, user: int) -> None:
+        """The same for the way to a node: the kernel keeps names that another user looked up."""
+        while self._house.options.hidepid and user not in self._masters and node.parent is not None:
+            node = node.parent
+            if not self._rights(node, user) & os.X_OK:
+                raise Denied(f"{node.place.path} is closed to user {user} (hidepid)")
 
     def _explained(self, node: Node, user: int, written: bytes | None, name: str | None = None) -> "_Explained":
         path = node.path if name is None else node.place.at(name).path
@@ -211,6 +226,7 @@ class Operations(pyfuse3.Operations):
     def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         node = self._tree.node(inode)
         with self._explained(node, ctx.uid, None):
+            self._reach(node, ctx.uid)
             self._permit(node, ctx.uid, flags)
             self._open_files.opened(ctx.uid)
             try:
@@ -258,6 +274,7 @@ class Operations(pyfuse3.Operations):
     @_guarded
     def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         node = self._tree.node(inode)
+        self._reach(node, ctx.uid)
         if not self._rights(node, ctx.uid) & os.R_OK:
             raise Denied(f"{node.place.path} is closed to user {ctx.uid} (hidepid)")
         handle = self._handle()
@@ -278,6 +295,7 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(
                 token, names[index].encode(errors="surrogateescape"), attributes, index + 1
             ):
+                self._tree.prune(child)  # the kernel was not told of it
                 break
             child.lookups += 1
 
@@ -320,7 +338,7 @@ class Operations(pyfuse3.Operations):
 
     def _own(self, node: Node, user: int) -> None:
         owner = self._tree.owner(node)
-        if user not in (0, owner):
+        if user != owner and user not in self._masters:
             raise Denied(f"it belongs to user {owner}", "its owner and root may")
 
     @_guarded
@@ -397,5 +415,7 @@ class _Explained:
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, LimitsError):
-            written = None if self._written is None else self._written[:4096].decode(errors="backslashreplace").strip()
+            written = (
+                None if self._written is None else self._written[:4096].decode(errors="backslashreplace").strip()
+            )
             self._house.last_errors.refused(self._user, self._path, written, error)

@@ -93,11 +93,18 @@ class EventFile:
     def __init__(self, log: EventLog, house: House, path: str) -> None:
         self._house = house
         self._path = path
-        self._follow(log)
+        self._cursor = self._beginning(log)
         self._written = False
 
+    def _beginning(self, log: EventLog) -> Cursor:
+        return Cursor(log, overtaken(self._house.registry.surroundings, self._path))
+
     def _follow(self, log: EventLog) -> None:
-        self._cursor = Cursor(log, overtaken(self._house.registry.surroundings, self._path))
+        """Read another log from now on; who polls already is woken, to wait there."""
+        wake = self._cursor.log.waiters.pop(self, None)
+        self._cursor = self._beginning(log)
+        if wake is not None:
+            wake()
 
     def read(self, offset: int, size: int) -> bytes:
         """Lines; never waits."""
@@ -148,10 +155,12 @@ class WatcherEvents(EventFile):
         self._place = node.place
         self._user = user
         self._watcher = content.need(node.place, house)
+        house.registry.follow(self._watcher)
         self._own: Watcher | None = None
         self._trigger: PsiTrigger | None = None
         self._fired = False
-        super().__init__(house.delivery.opened(self._watcher), house, node.place.path)
+        self._shared = house.delivery.opened(self._watcher)
+        super().__init__(self._shared, house, node.place.path)
 
     def write(self, data: bytes) -> None:
         """A condition for this open file alone; on a pressure also the PSI form.
@@ -176,7 +185,7 @@ class WatcherEvents(EventFile):
         except LimitsError:
             self._own = None
             self._drop(own)
-            self._follow(self._house.delivery.log(self._watcher))
+            self._follow(self._shared)
             raise
         self._written = True
 
@@ -283,6 +292,4 @@ def open_file(node: Node, house: House, user: int) -> OpenFile:
         raise Gone(f"{node.place.path} is no file")
     if node.entry.kind == "all":
         return AllEvents(house, user)
-    return (
-        BirthEvents(house, user) if node.entry.kind == "births" else WatcherEvents(node, house, user)
-    )
+    return BirthEvents(house, user) if node.entry.kind == "births" else WatcherEvents(node, house, user)

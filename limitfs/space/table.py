@@ -67,6 +67,8 @@ class Family:
     below: "Dir"
     make: Callable[["Place", "House", int, str], None] | None = None
     remove: Callable[["Place", "House", int, str], None] | None = None
+    lasting: bool = True
+    """Whether only the kernel's own mkdir and rmdir change the names, so that it may cache them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ THREAD = Dir("TID", "one thread", families=(_RESOURCES,))
 THREADS = Dir(
     "thread",
     "the threads of the process, and RESOURCES for each or all of them",
-    families=(_RESOURCES, Family("TID", content.thread_names, content.bind_thread, THREAD)),
+    families=(_RESOURCES, Family("TID", content.thread_names, content.bind_thread, THREAD, lasting=False)),
     step=content.threads_of,
 )
 
@@ -168,7 +170,7 @@ PROCESSES = Dir(
     "process",
     "all processes, and RESOURCES for each or all of them",
     (Link("self", "the caller's own directory", content.self_link),),
-    (_RESOURCES, Family("PID", content.process_names, content.bind_process, PROCESS)),
+    (_RESOURCES, Family("PID", content.process_names, content.bind_process, PROCESS, lasting=False)),
     step=content.all_processes,
 )
 

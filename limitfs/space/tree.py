@@ -59,7 +59,7 @@ class Node:
     @property
     def lasting(self) -> bool:
         """Whether the name, once found, stays valid until its directory goes: the kernel may cache it."""
-        return self.family is None or self.family.label == "RESOURCE"
+        return self.family is None or self.family.lasting
 
     @property
     def kind(self) -> int:
@@ -149,9 +149,9 @@ class Tree:
         if node is None or node is self.root:
             return
         node.lookups -= lookups
-        self._prune(node)
+        self.prune(node)
 
-    def _prune(self, node: Node) -> None:
+    def prune(self, node: Node) -> None:
         """Drop a node that neither the kernel nor a node below needs, and then perhaps its parent."""
         while node.lookups <= 0 and not node.children and node is not self.root:
             self._nodes.pop(node.ino, None)

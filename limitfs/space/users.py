@@ -22,7 +22,7 @@ class LastErrors:
         """Note a refusal: where, what was written, what is wrong with it and what would be right."""
         said = f" {_shown(written)}" if written is not None else ""
         hint = f"; {error.hint}" if error.hint else ""
-        self._of(user).append(f"{path}:{said} {error.message}{hint}\n")
+        self._of(user).append(f"{_one_word(path)}:{said} {error.message}{hint}\n")
 
     def accepted(self, user: int) -> None:
         """Note that the latest write was good."""
@@ -60,6 +60,11 @@ class OpenFiles:
         self._open[user] -= 1
         if not self._open[user]:
             del self._open[user]
+
+
+def _one_word(path: str) -> str:
+    """A path as it is, or quoted where it could be taken for more than one field or line."""
+    return path if path.isprintable() and " " not in path else ascii(path)
 
 
 def _shown(written: str) -> str:

@@ -42,7 +42,9 @@ class Registry:
         quota: int,
         hearing: str = "auto",
     ) -> None:
-        self.sources = sources
+        # Found out once, by trying, when the mount begins.
+        self.missing = {source.name: source.missing() for source in sources}
+        self.sources = [source for source in sources if self.missing[source.name] is None]
         self.surroundings = surroundings
         self.quota = quota
         self.hearing = hearing
@@ -102,6 +104,18 @@ class Registry:
     def _keep(self, watcher: Watcher) -> Watcher:
         self._watchers.setdefault((watcher.target, watcher.resource.name), {})[watcher.name] = watcher
         return watcher
+
+    def follow(self, watcher: Watcher) -> None:
+        """Have `watcher` end with its target though it is not armed: somebody reads it.
+
+        Raises:
+            Gone: the target has ended; an unused watcher is forgotten.
+        """
+        try:
+            self._follow_process(watcher)
+        except BaseException:
+            self.drop_unused(watcher)
+            raise
 
     # Arming
 
@@ -170,7 +184,7 @@ class Registry:
         """The sources that hear this, best first; who declined hooks gets none that is exact."""
         for source in self.sources:
             declined = hearing == "sampled" and source.guarantee is Guarantee.EXACT
-            if not declined and source.hears(resource, target, each) and source.missing() is None:
+            if not declined and source.hears(resource, target, each):
                 yield source
 
     # Ending

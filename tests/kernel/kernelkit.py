@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from limitfs.hearing.cputimer import block_signal
 from limitfs.hearing.reactor import Reactor
@@ -67,7 +68,9 @@ def turned() -> Iterator[Turned]:
     yield reactor
     assert not reactor._readers, "a descriptor is still registered"
     reactor.close()
-    left = {fd for fd in os.listdir("/proc/self/fd") if fd not in before and os.path.lexists(f"/proc/self/fd/{fd}")}
+    left = {
+        fd for fd in os.listdir("/proc/self/fd") if fd not in before and os.path.lexists(f"/proc/self/fd/{fd}")
+    }
     assert not {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in left - helpers_pipes(left)}
 
 
@@ -91,3 +94,9 @@ def burn(seconds: float) -> str:
     """A line for a helper: use that much CPU time more, in the thread that runs it."""
     code = f"end = time.thread_time() + {seconds}\nwhile time.thread_time() < end: pass"
     return f"exec({code!r})"
+
+
+def begin(helper: Any, line: str) -> None:
+    """Have a helper run a line, without waiting for it."""
+    helper.process.stdin.write(line.encode() + b"\n")
+    helper.process.stdin.flush()

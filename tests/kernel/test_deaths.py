@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kernelkit import Turned, turned
+from kernelkit import Turned, begin, turned
 
 from limitfs.errors import Gone
 from limitfs.hearing.deaths import Deaths
@@ -66,9 +66,7 @@ threading.Thread(target=stay).start()
     told: list[int] = []
     deaths.watch(procfs.identify(child.pid), lambda: told.append(1))
     # The first thread ends alone: exit(2), not exit_group(2).
-    assert child.process.stdin is not None
-    child.process.stdin.write(b"ctypes.CDLL(None).syscall({'x86_64': 60}.get(os.uname().machine, 93), 0)\n")
-    child.process.stdin.flush()
+    begin(child, "ctypes.CDLL(None).syscall({'x86_64': 60}.get(os.uname().machine, 93), 0)")
     reactor.until(lambda: procfs.stat(child.pid).state == "Z" or told)
     assert not told
     reactor.until(lambda: told)

@@ -242,7 +242,8 @@ def test_memory_peak_is_heard_though_it_is_over(limits: Mount, helper: Make) -> 
     path = f"process/{child.pid}/memory"
     limits.write(f"{path}/threshold", ">= 300M")
     assert limits.state(f"{path}/state")["guarantee"] in ("peak", "exact")
-    child.do("m = mmap.mmap(-1, 400 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.write(b'x' * (400 << 20)); m.close()")
+    child.do("area = mmap.mmap(-1, 400 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)")
+    child.do("area.write(b'x' * (400 << 20)); area.close()")
     limits.wait_for(lambda: len(events(limits, path)) == 2)
     assert [line["crossing"] for line in events(limits, path)] == ["alarm", "clear"]
     assert int(events(limits, path)[0]["value"]) >= 300 << 20

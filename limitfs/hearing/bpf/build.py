@@ -32,7 +32,8 @@ def build(out: Path = SOURCES) -> bool:
     if clang is None:
         return _complain("clang is not here: install clang (and llvm), or hear by sampling only")
     out.mkdir(parents=True, exist_ok=True)
-    return all([_compile(clang, name, out) for name in NAMES])
+    done = [_compile(clang, name, out) for name in NAMES]  # all of them, whichever fails
+    return all(done)
 
 
 def _compile(clang: str, name: str, out: Path) -> bool:
@@ -74,7 +75,7 @@ def _complain(message: str) -> bool:
 
 def main() -> int:
     """Exit status 1 where nothing could be built."""
-    parser = argparse.ArgumentParser(prog="python -m limitfs.hearing.bpf.build", description="Compile the programs.")
+    parser = argparse.ArgumentParser("python -m limitfs.hearing.bpf.build", description="Compile the programs.")
     parser.add_argument("--out", type=Path, default=SOURCES, help="where the .bpf.o files go")
     return 0 if build(parser.parse_args().out) else 1
 

@@ -6,11 +6,13 @@ An engine is loaded when it is first tried, and stays so; its hooks are attached
 import ctypes
 import itertools
 import logging
+import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,12 +53,18 @@ class Hooks:
         cost: whom it costs what, in words.
         needed: sets of programs; of each set at least one must load and attach.
         optional: programs that are taken along where they load and attach.
+        probe: something that it slows down, to measure by how much.
+        prepare: called once when all is loaded; raises BpfError.
+        run: programs that `prepare` runs.
     """
 
     name: str
     cost: str
     needed: tuple[frozenset[str], ...]
     optional: frozenset[str] = frozenset()
+    probe: Callable[[], object] | None = None
+    prepare: Callable[[libbpf.Object, Control], None] | None = None
+    run: frozenset[str] = frozenset()
 
     def suffice(self, programs: set[str]) -> bool:
         """Whether these programs are enough."""
@@ -88,13 +96,16 @@ class Engine:
 
     def __init__(self, reactor: Reactor, name: str, ways: tuple[Hooks, ...], directory: Path = _OBJECTS) -> None:
         self.hooks: Hooks | None = None
-        self.on_birth: Callable[[Record], None] | None = None
+        self.cost = ""
+        self._births: list[Callable[[Record], None]] = []
+        self._sums: Counter[int] = Counter()
         self._reactor = reactor
         self._path = directory / f"{name}.bpf.o"
         self._ways = ways
         self._missing: str | None = None
         self._tried = False
         self._object: libbpf.Object | None = None
+        self._control: Control | None = None
         self._programs: set[str] = set()
         self._links = libbpf.Links()
         self._detaching: threading.Thread | None = None
@@ -143,26 +154,33 @@ class Engine:
 
     def _try(self, hooks: Hooks) -> None:
         """Load and attach; what is refused is left out while the rest suffices."""
-        programs = {"seed", *hooks.optional}.union(*hooks.needed)
+        called = {"seed", *hooks.run}
+        programs = called.union(hooks.optional, *hooks.needed)
         while True:
             self._object = libbpf.Object(self._path)
             sections = self._object.sections()
-            programs = {name for name in programs if name in sections and libbpf.kernel_has(sections[name])}
+            programs = {name for name in programs if _is_there(sections, name)}
             if not hooks.suffice(programs):
                 raise BpfError(0, "the kernel has no such functions")
             try:
-                self._object.load(programs)
+                self._object.load({name.partition("@")[0] for name in programs})
                 break
             except BpfError as error:
                 self._unload()
                 # Refused as a kind: the others of it would be as well.
                 culprit = None if error.errno == 1 else _culprit()
-                if culprit is None or culprit == "seed" or not hooks.suffice(programs - {culprit}):
+                if culprit is None or culprit in called or not hooks.suffice(programs - {culprit}):
                     raise
                 programs.discard(culprit)
-        self._programs = programs
+        self._programs = programs - called
+        self._control = self._object.variables(Control)
+        if hooks.prepare is not None:
+            hooks.prepare(self._object, self._control)
+        before = _nanoseconds(hooks.probe)
         self._attach(hooks)
+        after = _nanoseconds(hooks.probe)
         self._detach()
+        self.cost = hooks.cost if hooks.probe is None else f"{hooks.cost}: {max(0, after - before):.0f} ns here"
 
     # Attached while used
 
@@ -206,7 +224,7 @@ class Engine:
         assert self._object is not None
         self._wait_detached()
         attached = set()
-        for name in sorted(self._programs - {"seed"}):
+        for name in sorted(self._programs):
             try:
                 self._object.attach(name, self._links)
                 attached.add(name)
@@ -230,6 +248,7 @@ class Engine:
 
     def _unload(self) -> None:
         self._wait_detached()
+        self._control = None
         if self._object is not None:
             self._object.close()
             self._object = None
@@ -239,9 +258,8 @@ class Engine:
     @property
     def control(self) -> Control:
         """The variables that the programs see at once."""
-        assert self._object is not None
-        control: Control = self._object.variables(".bss", Control)
-        return control
+        assert self._control is not None
+        return self._control
 
     def add(self, client: Client, tgid: int, start: int, watches: list[Watch]) -> None:
         """Watch one process, or every process (EVERY, 0).
@@ -286,8 +304,10 @@ class Engine:
         else:
             self._configs.pop(tgid, None)
             configs.delete(ctypes.c_uint32(tgid))
-        if tgid == EVERY:
-            self.control.every = len(watches)
+        self._set_every()
+
+    def _set_every(self) -> None:
+        self.control.every = len(self._configs.get(EVERY, ())) + sum(self._sums.values())
 
     # States
 
@@ -318,20 +338,62 @@ class Engine:
     def drop_state(self, member: Member) -> None:
         self._states().delete(member)
 
-    def add_share(self, kind: int, tgid: int, start: int, value: int) -> None:
-        """Count a process into the sum, unless the kernel has done so."""
-        assert self._object is not None
-        if self._object.map("shares").update(Member(kind, tgid, start), ctypes.c_int64(value), BPF_NOEXIST):
-            self.control.base[kind] += value
+    # Sums
 
-    def clear_shares(self, kind: int) -> None:
-        """Count nobody any more."""
+    def count_in(self, kind: int, values: Callable[[], Iterable[tuple[int, int, int]]]) -> None:
+        """Keep the total of `kind`; `values` are (tgid, start, value) of every process, read when needed."""
         assert self._object is not None
+        self._sums[kind] += 1
+        if self._sums[kind] > 1:
+            return
+        self._set_sums()
+        # Events count from now on; whoever has had none yet is counted here.
+        shares = self._object.map("shares")
+        for tgid, start, value in values():
+            if shares.update(Member(kind, tgid, start), ctypes.c_int64(value), BPF_NOEXIST):
+                self.control.base[kind] += value
+
+    def count_out(self, kind: int) -> None:
+        """Undo `count_in`."""
+        assert self._object is not None
+        self._sums[kind] -= 1
+        if self._sums[kind]:
+            return
+        self._set_sums()
         shares = self._object.map("shares")
         for member in shares.keys(Member):
             if member.watch == kind:
                 shares.delete(member)
         self.control.base[kind] = self.control.total[kind] = 0
+
+    def total(self, kind: int) -> int:
+        """The sum now."""
+        control = self.control
+        return int(control.total[kind] + control.base[kind])
+
+    def _set_sums(self) -> None:
+        self.control.sums = sum(1 << kind for kind, users in self._sums.items() if users)
+        self._set_every()
+
+    # Births
+
+    def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
+        """Have FORK, EXEC and EXIT records; returns what ends that.
+
+        Raises:
+            Refused: as `use`.
+        """
+        self.use()
+        self._births.append(callback)
+        self.control.births = len(self._births)
+
+        def end() -> None:
+            if callback in self._births:
+                self._births.remove(callback)
+                self.control.births = len(self._births)
+                self.release()
+
+        return end
 
     def _states(self) -> libbpf.Map:
         assert self._object is not None
@@ -354,8 +416,8 @@ class Engine:
 
     def _deliver(self, record: Record) -> None:
         if record.what in (What.FORK, What.EXEC, What.EXIT):
-            if self.on_birth is not None:
-                _guarded(lambda: self.on_birth and self.on_birth(record))
+            for callback in tuple(self._births):
+                _guarded(lambda callback=callback: callback(record))  # type: ignore[misc]
             return
         client = self._clients.get(record.watch)
         if client is not None:
@@ -370,6 +432,11 @@ def _guarded(call: Callable[[], object]) -> None:
         log.exception("a listener failed")
 
 
+def _is_there(sections: dict[str, str], name: str) -> bool:
+    section = sections.get(name.partition("@")[0])
+    return section is not None and libbpf.kernel_has(section)
+
+
 def _culprit() -> str | None:
     """The program that the kernel refused last, from what libbpf said."""
     for line in reversed(libbpf.said()):
@@ -379,9 +446,11 @@ def _culprit() -> str | None:
     return None
 
 
-def nanoseconds_per_call(call: Callable[[], object], rounds: int = 7, calls: int = 1000) -> float:
-    """The least of `rounds` measurements: what a call costs when nothing disturbs it."""
-    best = float("inf")
+def _nanoseconds(call: Callable[[], object] | None, rounds: int = 10, calls: int = 200) -> float:
+    """What a call costs when nothing disturbs it: the least of some measurements."""
+    if call is None:
+        return 0.0
+    best = math.inf
     for _ in range(rounds):
         begin = time.perf_counter_ns()
         for _ in range(calls):

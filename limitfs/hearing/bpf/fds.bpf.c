@@ -82,7 +82,9 @@ __noinline int tally(const struct tally *table)
 
 static __always_inline struct fdtable *table_of(struct task_struct *task)
 {
-	return task->files ? task->files->fdt : NULL;
+	struct files_struct *files = task->files;
+
+	return files ? files->fdt : NULL;
 }
 
 static __s64 measure(struct task_struct *task, __u32 kind)
@@ -133,22 +135,13 @@ HOOK(fexit, __close_range)
 HOOK(fexit, __x64_sys_close_range)
 HOOK(fexit, __arm64_sys_close_range)
 
-HOOK(kprobe, fd_install)
-HOOK(kretprobe, put_unused_fd)
-HOOK(kretprobe, replace_fd)
-HOOK(kretprobe, ksys_dup3)
-HOOK(kretprobe, __x64_sys_dup2)
-HOOK(kretprobe, __x64_sys_dup3)
-HOOK(kretprobe, __arm64_sys_dup3)
-HOOK(kretprobe, close_fd)
-HOOK(kretprobe, __close_fd)
-HOOK(kretprobe, file_close_fd)
-HOOK(kretprobe, file_close_fd_locked)
-HOOK(kretprobe, close_fd_get_file)
-HOOK(kretprobe, __close_fd_get_file)
-HOOK(kretprobe, __close_range)
-HOOK(kretprobe, __x64_sys_close_range)
-HOOK(kretprobe, __arm64_sys_close_range)
+/* For the same functions by kprobe and kretprobe: one program, attached to each. */
+SEC("?kprobe")
+int table(void *ctx)
+{
+	look(bpf_get_current_task_btf());
+	return 0;
+}
 
 /*
  * The system calls after which a process may have more or fewer descriptors.

@@ -77,15 +77,20 @@ struct subject {
 static __s64 measure(struct task_struct *task, __u32 kind);
 static void bounds(struct task_struct *task, __u32 kind, struct range *r);
 
+/*
+ * BPF_CORE_READ() where it is not on the way of every event: for each pointer
+ * that is followed directly the verifier searches all types of the kernel, and
+ * that is 2 ms of loading each.
+ */
 static __always_inline __u64 start_of(struct task_struct *task)
 {
-	return task->group_leader->start_boottime / LIMITFS_TICK;
+	return BPF_CORE_READ(task, group_leader, start_boottime) / LIMITFS_TICK;
 }
 
 static __always_inline void describe(struct subject *s, struct task_struct *task)
 {
-	s->tid = task->pid;
-	s->uid = task->real_cred->uid.val;
+	s->tid = BPF_CORE_READ(task, pid);
+	s->uid = BPF_CORE_READ(task, real_cred, euid.val);
 	bpf_probe_read_kernel_str(s->comm, sizeof(s->comm), &task->comm);
 }
 
@@ -137,11 +142,13 @@ static __always_inline __s64 never(bool down)
 
 static __always_inline __u64 limit_of(struct task_struct *task, const struct watch *w)
 {
+	struct signal_struct *signal;
 	__u64 limit = 0;
 
-	if (w->flags & (LIMITFS_ENTER_SHARE | LIMITFS_LEAVE_SHARE))
-		bpf_probe_read_kernel(&limit, sizeof(limit),
-				      &task->signal->rlim[w->rlimit & 15].rlim_cur);
+	if (!(w->flags & (LIMITFS_ENTER_SHARE | LIMITFS_LEAVE_SHARE)))
+		return 0;
+	signal = BPF_CORE_READ(task, signal);
+	bpf_probe_read_kernel(&limit, sizeof(limit), &signal->rlim[w->rlimit & 15].rlim_cur);
 	return limit;
 }
 
@@ -361,10 +368,20 @@ static long judge_sum(__u32 index, struct judging *j)
 	return 0;
 }
 
+static __always_inline void judge_sums(struct judging *j)
+{
+	if (!control.sums)
+		return;
+	bpf_loop(LIMITFS_KINDS, add_up, j, 0);
+	/* No watch yet while user space still counts the present. */
+	if (j->config)
+		bpf_loop(j->config->count, judge_sum, j, 0);
+}
+
 static __always_inline bool is_last(struct task_struct *task)
 {
 	/* do_exit() has counted this thread out already. */
-	return task->signal->live.counter == 0;
+	return BPF_CORE_READ(task, signal, live.counter) == 0;
 }
 
 /* Something of `task` has changed, or may have. */
@@ -388,13 +405,9 @@ static __always_inline void look(struct task_struct *task)
 		return;
 	key = LIMITFS_EVERY;
 	j.config = bpf_map_lookup_elem(&configs, &key);
-	if (!j.config)
-		return;
-	bpf_loop(j.config->count, judge, &j, 0);
-	if (control.sums) {
-		bpf_loop(LIMITFS_KINDS, add_up, &j, 0);
-		bpf_loop(j.config->count, judge_sum, &j, 0);
-	}
+	if (j.config)
+		bpf_loop(j.config->count, judge, &j, 0);
+	judge_sums(&j);
 }
 
 /* One watch on a process that has ended. */
@@ -434,13 +447,9 @@ static __always_inline void end(struct task_struct *task)
 	j.subject.member.start = start_of(task);
 	describe(&j.subject, task);
 	j.config = control.every ? bpf_map_lookup_elem(&configs, &key) : NULL;
-	if (j.config) {
+	if (j.config)
 		bpf_loop(j.config->count, end_one, &j, 0);
-		if (control.sums) {
-			bpf_loop(LIMITFS_KINDS, add_up, &j, 0);
-			bpf_loop(j.config->count, judge_sum, &j, 0);
-		}
-	}
+	judge_sums(&j);
 	key = task->tgid;
 	j.config = bpf_map_lookup_elem(&configs, &key);
 	if (!j.config || j.config->start != j.subject.member.start)

@@ -33,7 +33,7 @@ struct kuid {
 };
 
 struct cred {
-	struct kuid uid;
+	struct kuid euid;
 };
 
 struct rlimit {

@@ -121,6 +121,12 @@ class Seed(ctypes.Structure):
     )
 
 
+class Processors(ctypes.Structure):
+    """The argument of the program `find_processors`."""
+
+    _fields_ = (("count", _u32), ("found", _u32))
+
+
 class Control(ctypes.Structure):
     """The variables that kernel and user space share."""
 
@@ -129,6 +135,8 @@ class Control(ctypes.Structure):
         ("sums", _u32),
         ("births", _u32),
         ("margin", _u32),
+        ("processors", _u32),
+        ("unused", _u32),
         ("dropped", _u64),
         ("full", _u64),
         ("total", _s64 * KINDS),

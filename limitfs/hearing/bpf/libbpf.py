@@ -6,6 +6,7 @@ for some kinds of programs and is meant for a thread.
 """
 
 import ctypes
+import mmap
 import os
 import resource
 from collections import deque
@@ -38,9 +39,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_program__set_autoload": (_int, _pointer, ctypes.c_bool),
     "bpf_program__fd": (_int, _pointer),
     "bpf_program__attach": (_pointer, _pointer),
+    "bpf_program__attach_kprobe": (_pointer, _pointer, ctypes.c_bool, _text),
     "bpf_link__destroy": (_int, _pointer),
     "bpf_map__fd": (_int, _pointer),
-    "bpf_map__initial_value": (_pointer, _pointer, ctypes.POINTER(_size)),
     "bpf_map_update_elem": (_int, _int, _pointer, _pointer, ctypes.c_uint64),
     "bpf_map_lookup_elem": (_int, _int, _pointer, _pointer),
     "bpf_map_delete_elem": (_int, _int, _pointer),
@@ -86,7 +87,6 @@ _said: deque[str] = deque(maxlen=20)
 _libc = ctypes.CDLL(None)
 
 
-@_PRINT
 def _on_print(level: int, form: bytes, arguments: int) -> int:
     if level > 0:  # LIBBPF_INFO, LIBBPF_DEBUG
         return 0
@@ -95,6 +95,9 @@ def _on_print(level: int, form: bytes, arguments: int) -> int:
     _libc.vsnprintf(buffer, _size(len(buffer)), form, _pointer(arguments))
     _said.append(buffer.value.decode(errors="replace").strip())
     return 0
+
+
+_print = _PRINT(_on_print)  # kept: libbpf holds no reference
 
 
 @cache
@@ -111,7 +114,7 @@ def library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise BpfError(0, f"libbpf.so.1 is not here ({error}): install libbpf1 (Debian) or libbpf") from error
-    found.libbpf_set_print(_on_print)
+    found.libbpf_set_print(_print)
     _unlock_memory()
     return found
 
@@ -123,6 +126,11 @@ def _unlock_memory() -> None:
     except (ValueError, OSError):
         soft_is_hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft_is_hard, soft_is_hard))
+
+
+def said() -> list[str]:
+    """What libbpf said of late, newest last."""
+    return list(_said)
 
 
 def _error(what: str, code: int | None = None) -> BpfError:
@@ -139,7 +147,7 @@ def _kernel_types() -> int | None:
 def kernel_has(section: str) -> bool:
     """Whether what a program of `section` (`fentry/fd_install`, `tp_btf/sys_exit`) hooks is in the kernel's BTF.
 
-    True also where BTF does not know of such hooks (kprobe): then attaching tells.
+    A program for kprobes names no function; whether there is one is told by attaching.
     """
     kind, _, name = section.lstrip("?").partition("/")
     types = _kernel_types()
@@ -149,6 +157,8 @@ def kernel_has(section: str) -> bool:
         return bool(library().btf__find_by_name_kind(types, f"btf_trace_{name}".encode(), _KIND_TYPEDEF) > 0)
     if kind in ("fentry", "fexit"):
         return bool(library().btf__find_by_name_kind(types, name.encode(), _KIND_FUNC) > 0)
+    if kind == "kprobe":
+        return os.path.exists("/sys/bus/event_source/devices/kprobe")
     return True
 
 
@@ -249,12 +259,18 @@ class Object:
             raise _error("the kernel refuses to load", code)
 
     def attach(self, name: str, links: Links) -> None:
-        """Attach a loaded program.
+        """Attach a loaded program; `name@function` attaches it as a kprobe, `name@%function` at the return.
 
         Raises:
             BpfError: the kernel has not what it hooks, or refuses.
         """
-        link = self._library.bpf_program__attach(self._programs[name])
+        program, _, function = name.partition("@")
+        if function:
+            link = self._library.bpf_program__attach_kprobe(
+                self._programs[program], function.startswith("%"), function.lstrip("%").encode()
+            )
+        else:
+            link = self._library.bpf_program__attach(self._programs[program])
         if not link:
             raise _error(f"cannot attach {name}")
         links.add(link)
@@ -267,13 +283,17 @@ class Object:
         """The descriptor of the map `name`; the object keeps it."""
         return int(self._library.bpf_map__fd(self._find_map(name)))
 
-    def variables(self, section: str, layout: Any) -> Any:
-        """The global variables of `section` (".bss", ".rodata") in place: before loading all, then .bss."""
-        size = _size()
-        address = self._library.bpf_map__initial_value(self._find_map(section), ctypes.byref(size))
-        if not address or size.value < ctypes.sizeof(layout):
-            raise _error(f"no variables in {section}")
-        return layout.from_address(address)
+    def variables(self, layout: Any) -> Any:
+        """The global variables of a loaded object, in the kernel's own memory (.bss), as `layout`.
+
+        Raises:
+            BpfError: there are none.
+        """
+        try:
+            # Stays mapped as long as anybody holds the structure.
+            return layout.from_buffer(mmap.mmap(self.map_fd(".bss"), ctypes.sizeof(layout), mmap.MAP_SHARED))
+        except (OSError, ValueError) as error:
+            raise BpfError(getattr(error, "errno", 0), f"cannot map the variables: {error}") from error
 
     def run(self, name: str, argument: Any) -> None:
         """Run a program of section "syscall" with `argument`, which it may change.

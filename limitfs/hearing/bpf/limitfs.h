@@ -102,7 +102,7 @@ struct record {
 	__u32 what;
 	__u32 tgid;	/* whose value it is; 0 for a sum */
 	__u32 tid;	/* who made it so; 0: unknown */
-	__u32 uid;	/* of tid, real */
+	__u32 uid;	/* of tid, effective */
 	__u32 unused;
 	char comm[LIMITFS_COMM];	/* of tid */
 };
@@ -119,10 +119,12 @@ struct seed {
 
 /* In .bss, mapped by user space. */
 struct control {
-	__u32 every;	/* watches on every process */
+	__u32 every;	/* not 0: there is something to hear of every process */
 	__u32 sums;	/* bit k: kind k is added up over all processes */
 	__u32 births;	/* FORK, EXEC and EXIT records are wanted */
-	__u32 margin;	/* pages that a memory counter may be off, unless all processors are asked */
+	__u32 margin;	/* pages that the common part of a memory counter may be off */
+	__u32 processors;	/* possible ones */
+	__u32 unused;
 	__u64 dropped;	/* records that the ring did not take */
 	__u64 full;	/* crossings for which there was no room in `states` */
 	__s64 total[LIMITFS_KINDS];	/* the part of the sum that the kernel counted */

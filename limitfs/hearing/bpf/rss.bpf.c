@@ -2,12 +2,12 @@
 /*
  * memory, shared, swap: pages of a process, exactly.
  *
- * kmem:rss_stat fires after each change of a counter (since 6.2; before, and
- * with per-thread counting, after each 64 to 128 changes, which is also as
- * good as /proc is there). Since 6.2 the counters are percpu_counters: their
- * common part alone can be off by a batch per processor, and asking every
- * processor at each fault is dear. So the common part is taken with a margin,
- * and the processors are asked only while the level lies within it.
+ * kmem:rss_stat fires after each change of a counter (since 6.2; before, after
+ * some 64 to 128 changes of a thread, which is as exact as /proc is there).
+ * Since 6.2 the counters are percpu_counters: their common part alone can be
+ * off by a batch per processor, and asking every processor at each page fault
+ * is dear. So the common part is taken with a margin, and the processors are
+ * asked only while a level lies within it.
  */
 #include "kernel.h"
 #include <bpf/bpf_helpers.h>
@@ -24,15 +24,170 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #define MM_SWAPENTS 2
 #define MM_SHMEMPAGES 3
 
-/* Written by user space before loading. */
-const volatile struct {
-	__u32 processors;	/* possible ones */
-} machine = { 1 };
+#define PROCESSORS 1024
 
-/* Where a per-processor address lies on each processor; index 0 is used only. */
+/* What is to be added to a per-processor address, found by `find_processors`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PROCESSORS);
+	__type(key, __u32);
+	__type(value, __u64);
+} offsets SEC(".maps");
+
+/* Its own place on each processor tells where others are. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u64);
 } anchor SEC(".maps");
+
+struct bpf_array {
+	void *pptrs[1];
+} __attribute__((preserve_access_index));
+
+struct processors {
+	__u32 count;	/* in: possible ones */
+	__u32 found;	/* out */
+};
+
+/* The number that a pointer is: the verifier lets none be computed with. */
+static __always_inline __u64 number_of(void *pointer)
+{
+	void *volatile spilled = pointer;
+	__u64 number = 0;
+
+	bpf_probe_read_kernel(&number, sizeof(number), (const void *)&spilled);
+	return number;
+}
+
+static long find_processor(__u32 cpu, struct processors *p)
+{
+	__u64 base = 0, offset, array = number_of(&anchor);
+	__u32 zero = 0;
+	void *here;
+
+	bpf_probe_read_kernel(&base, sizeof(base),
+			      (void *)(array + bpf_core_field_offset(struct bpf_array, pptrs)));
+	here = bpf_map_lookup_percpu_elem(&anchor, &zero, cpu);
+	if (!base || !here)
+		return 1;
+	offset = number_of(here) - base;
+	if (bpf_map_update_elem(&offsets, &cpu, &offset, BPF_ANY))
+		return 1;
+	p->found++;
+	return 0;
+}
+
+/* The kernel's own table, __per_cpu_offset, is not a symbol on every kernel. */
+SEC("syscall")
+int find_processors(struct processors *argument)
+{
+	struct processors p = *argument;
+
+	if (bpf_core_type_exists(struct mm_rss_stat))
+		p.found = p.count;	/* atomics: nobody has to be asked */
+	else
+		bpf_loop(p.count, find_processor, &p, 0);
+	argument->found = p.found;
+	return 0;
+}
+
+struct counting {
+	__u64 counters;		/* per-processor address */
+	__s64 sum;
+};
+
+static long ask_processor(__u32 cpu, struct counting *c)
+{
+	__u64 *offset = bpf_map_lookup_elem(&offsets, &cpu);
+	int part = 0;
+
+	if (!offset)
+		return 1;
+	bpf_probe_read_kernel(&part, sizeof(part), (void *)(c->counters + *offset));
+	c->sum += part;
+	return 0;
+}
+
+/* A negative sum is a page that was counted on one processor and not yet off another. */
+static __always_inline __s64 positive(__s64 value)
+{
+	return value > 0 ? value : 0;
+}
+
+#define COMMON(mm, which)									\
+	(bpf_core_type_exists(struct mm_rss_stat) ?						\
+		BPF_CORE_READ((struct mm_struct___atomic *)(mm), rss_stat.count[which].counter) :	\
+		BPF_CORE_READ(mm, rss_stat[which].count))
+
+static __always_inline __s64 exactly(__s64 common, __u64 counters)
+{
+	struct counting c = { .counters = counters, .sum = common };
+
+	if (counters)
+		bpf_loop(control.processors, ask_processor, &c, 0);
+	return positive(c.sum);
+}
+
+#define EXACTLY(mm, which)								\
+	exactly(COMMON(mm, which), bpf_core_type_exists(struct mm_rss_stat) ?		\
+		0 : (__u64)BPF_CORE_READ(mm, rss_stat[which].counters))
+
+static __s64 measure(struct task_struct *task, __u32 kind)
+{
+	struct mm_struct *mm = BPF_CORE_READ(task, mm);
+
+	if (!mm)
+		return 0;
+	if (kind == LIMITFS_SHARED)
+		return EXACTLY(mm, MM_SHMEMPAGES);
+	if (kind == LIMITFS_SWAP)
+		return EXACTLY(mm, MM_SWAPENTS);
+	return EXACTLY(mm, MM_FILEPAGES) + EXACTLY(mm, MM_ANONPAGES) + EXACTLY(mm, MM_SHMEMPAGES);
+}
+
+static void bounds(struct task_struct *task, __u32 kind, struct range *r)
+{
+	struct mm_struct *mm = BPF_CORE_READ(task, mm);
+	__s64 margin = bpf_core_type_exists(struct mm_rss_stat) ? 0 : control.margin;
+	__s64 about;
+
+	if (!mm)
+		return;
+	if (kind == LIMITFS_SHARED) {
+		about = COMMON(mm, MM_SHMEMPAGES);
+	} else if (kind == LIMITFS_SWAP) {
+		about = COMMON(mm, MM_SWAPENTS);
+	} else {
+		about = COMMON(mm, MM_FILEPAGES) + COMMON(mm, MM_ANONPAGES) + COMMON(mm, MM_SHMEMPAGES);
+		margin *= 3;
+	}
+	r->low = positive(about - margin);
+	r->high = positive(about + margin);
+}
+
+SEC("?tp_btf/rss_stat")
+int BPF_PROG(rss_stat, struct mm_struct *mm)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+
+	if (task->mm != mm) {
+		/* Reclaim, or fork copying into the child. Without CONFIG_MEMCG nobody knows whose it is. */
+		if (!bpf_core_field_exists(mm->owner))
+			return 0;
+		task = mm->owner;
+		if (!task)
+			return 0;
+	}
+	look(task);
+	return 0;
+}
+
+SEC("?tp_btf/sched_process_exit")
+int BPF_PROG(sched_process_exit, struct task_struct *task)
+{
+	if (is_last(task))
+		end(task);
+	return 0;
+}

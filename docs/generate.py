@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Write the generated parts of the manual from the code that they describe.
+
+    docs/generate.py            write them
+    docs/generate.py --check    write nothing; name what differs, and exit 1 if anything does
+
+A part stands between two marks, `generated: NAME` and `end of generated`, in a comment of its file's language.
+"""
+
+import argparse
+import re
+import resource as rlimits
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from limitfs.hearing.reactor import Reactor  # noqa: E402
+from limitfs.hearing.sources import Hearing  # noqa: E402
+from limitfs.resources import RESOURCES, members  # noqa: E402
+from limitfs.resources.model import (  # noqa: E402
+    Collection,
+    Level,
+    Process,
+    Processes,
+    Resource,
+    System,
+    Target,
+    Thread,
+    Threads,
+)
+from limitfs.resources.pressure import Pressure  # noqa: E402
+from limitfs.space.table import RESOURCE, WATCHER, Dir, Entry, Link, walk  # noqa: E402
+
+FILES = ("pathname-space.md", "hearing.md", "man/limitfs.5")
+
+_PART = re.compile(
+    r"^(?P<begin>(?:<!-- |\.\\\" )generated: (?P<name>[a-z-]+)(?: -->)?\n)"
+    r".*?"
+    r"^(?P<end>(?:<!-- |\.\\\" )end of generated(?: -->)?\n)",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def filled(text: str) -> str:
+    """`text` with every generated part made anew."""
+    return _PART.sub(lambda part: part["begin"] + PARTS[part["name"]]() + part["end"], text)
+
+
+# What there is, whatever this kernel has
+
+
+def resources() -> list[Resource]:
+    """Every resource, also the pressures where this kernel keeps none."""
+    kept = [each for each in RESOURCES.values() if not isinstance(each, Pressure)]
+    return kept + [kind() for kind in Pressure.__subclasses__()]
+
+
+def places() -> list[tuple[str, Entry]]:
+    """Every path above the resource directories, and these once."""
+    return [(path, entry) for path, entry in walk() if "RESOURCE/" not in path]
+
+
+def directory(below: Dir) -> list[tuple[str, Entry]]:
+    """The entries of a directory, not of those in it."""
+    return [(path, entry) for path, entry in walk(below) if "/" not in path]
+
+
+# Tables in Markdown
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _table(*rows: tuple[str, ...]) -> str:
+    head, *body = rows
+    return "\n" + _row(*head) + _row(*("---" for _ in head)) + "".join(_row(*row) for row in body) + "\n"
+
+
+def _shown(path: str, entry: Entry) -> str:
+    return f"`{path}{'/' if isinstance(entry, Dir) else ''}`"
+
+
+def _mode(entry: Entry) -> str:
+    kind = stat.S_IFDIR if isinstance(entry, Dir) else stat.S_IFLNK if isinstance(entry, Link) else stat.S_IFREG
+    return f"`{stat.filemode(kind | entry.mode)}`"
+
+
+def _help(entry: Entry) -> str:
+    condition = "; only where there is something below" if entry.present is members_below else ""
+    return entry.help + condition
+
+
+members_below = next(entry.present for path, entry in walk(RESOURCE) if path == "mode")
+
+
+def _entries(entries: list[tuple[str, Entry]]) -> str:
+    rows = [(_shown(path, entry), _mode(entry), _help(entry)) for path, entry in entries]
+    return _table(("name", "mode", "what it is"), *rows)
+
+
+def resource_table() -> str:
+    """Which resource is measured where."""
+    levels = (Level.THREAD, Level.PROCESS, Level.SYSTEM)
+    rows = [
+        (f"`{each.name}`", each.unit, *("yes" if level in each.levels else "" for level in levels), _sum(each), each.help)
+        for each in resources()
+    ]
+    return _table(("resource", "unit", *levels, "sum", "what it is"), *rows)
+
+
+def _sum(resource: Resource) -> str:
+    return "yes" if resource.summable else "no"
+
+
+# Who hears what
+
+_SOMEBODY = Process(0, 0)
+_TARGETS: tuple[tuple[str, Target, bool], ...] = (
+    ("`system/`", System(), False),
+    ("`process/` each", Processes(), True),
+    ("`process/` sum", Processes(), False),
+    ("`process/PID/`", _SOMEBODY, False),
+    ("`thread/` each", Threads(_SOMEBODY), True),
+    ("`thread/` sum", Threads(_SOMEBODY), False),
+    ("`thread/TID/`", Thread(0, 0, 0), False),
+)
+
+
+def hearing_table() -> str:
+    """The sources of each resource on each kind of target, best first."""
+    reactor = Reactor()
+    try:
+        sources = Hearing(reactor).sources
+    finally:
+        reactor.close()
+
+    def heard(resource: Resource, target: Target, each: bool) -> str:
+        if target.level not in resource.levels or not (each or _can_total(resource, target)):
+            return ""
+        return ", ".join(source.name for source in sources if source.hears(resource, target, each))
+
+    rows = [
+        (f"`{resource.name}`", *(heard(resource, target, each) for _name, target, each in _TARGETS))
+        for resource in resources()
+    ]
+    return _table(("resource", *(name for name, _target, _each in _TARGETS)), *rows)
+
+
+def _can_total(resource: Resource, target: Target) -> bool:
+    return resource.summable or not isinstance(target, Collection)
+
+
+# Lists in mdoc
+
+
+def _items(entries: list[tuple[str, Entry]]) -> Iterator[str]:
+    yield ".Bl -tag -width Ds\n"
+    for path, entry in entries:
+        slash = "/" if isinstance(entry, Dir) else ""
+        yield f".It Pa {path}{slash} Pq Li {stat.filemode(entry.mode)[1:]}\n{_sentence(_help(entry))}\n"
+    yield ".El\n"
+
+
+def _sentence(text: str) -> str:
+    capital = text if text.startswith(("auto", "fork")) else text[0].upper() + text[1:]
+    return capital.replace("\\", "\\e").replace("`", "") + "."
+
+
+def manual_list(entries: list[tuple[str, Entry]]) -> str:
+    """Files with their modes and help."""
+    return "".join(_items(entries))
+
+
+def manual_resources() -> str:
+    """Resources with their units, levels and limits."""
+    lines = [".Bl -tag -width Ds\n"]
+    for each in resources():
+        levels = ", ".join(level for level in Level if level in each.levels)
+        lines.append(f".It Cm {each.name}\n{_sentence(each.help)}\nUnit: {each.unit}.\nMeasured for: {levels}.\n")
+        if each.rlimit is not None:
+            lines.append(f"Set by\n.Dv {_rlimit(each.rlimit)} .\n")
+    return "".join([*lines, ".El\n"])
+
+
+def _rlimit(number: int) -> str:
+    return next(name for name in dir(rlimits) if name.startswith("RLIMIT_") and getattr(rlimits, name) == number)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "places": lambda: _entries(places()),
+    "resource-files": lambda: _entries(directory(RESOURCE)),
+    "watcher-files": lambda: _entries(directory(WATCHER)),
+    "resources": resource_table,
+    "hearing": hearing_table,
+    "manual-places": lambda: manual_list(places()),
+    "manual-resource-files": lambda: manual_list(directory(RESOURCE)),
+    "manual-watcher-files": lambda: manual_list(directory(WATCHER)),
+    "manual-resources": manual_resources,
+}
+
+
+def main() -> int:
+    """Write, or with --check compare; give the exit code."""
+    parser = argparse.ArgumentParser(description="Write the generated parts of the manual.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything differs")
+    check = parser.parse_args().check
+    differ = [path for path in (HERE / name for name in FILES) if _differs(path, check)]
+    for path in differ:
+        print(f"{path.relative_to(HERE.parent)} {'differs: run docs/generate.py' if check else 'written'}")
+    return 1 if check and differ else 0
+
+
+def _differs(path: Path, check: bool) -> bool:
+    before = path.read_text(encoding="utf-8")
+    after = filled(before)
+    if after == before:
+        return False
+    if not check:
+        path.write_text(after, encoding="utf-8")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
