@@ -9,9 +9,9 @@ A part stands between two marks, `generated: NAME` and `end of generated`, in a 
 
 import argparse
 import re
-import resource as rlimits
 import stat
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from limitfs.hearing.reactor import Reactor  # noqa: E402
 from limitfs.hearing.sources import Hearing  # noqa: E402
-from limitfs.resources import RESOURCES, members  # noqa: E402
+from limitfs.resources import RESOURCES  # noqa: E402
 from limitfs.resources.model import (  # noqa: E402
     Collection,
     Level,
@@ -33,6 +33,7 @@ from limitfs.resources.model import (  # noqa: E402
     Threads,
 )
 from limitfs.resources.pressure import Pressure  # noqa: E402
+from limitfs.space import content  # noqa: E402
 from limitfs.space.table import RESOURCE, WATCHER, Dir, Entry, Link, walk  # noqa: E402
 
 FILES = ("pathname-space.md", "hearing.md", "man/limitfs.5")
@@ -91,11 +92,8 @@ def _mode(entry: Entry) -> str:
 
 
 def _help(entry: Entry) -> str:
-    condition = "; only where there is something below" if entry.present is members_below else ""
+    condition = "; only where there is something below" if entry.present is content.has_members else ""
     return entry.help + condition
-
-
-members_below = next(entry.present for path, entry in walk(RESOURCE) if path == "mode")
 
 
 def _entries(entries: list[tuple[str, Entry]]) -> str:
@@ -107,14 +105,20 @@ def resource_table() -> str:
     """Which resource is measured where."""
     levels = (Level.THREAD, Level.PROCESS, Level.SYSTEM)
     rows = [
-        (f"`{each.name}`", each.unit, *("yes" if level in each.levels else "" for level in levels), _sum(each), each.help)
+        (
+            f"`{each.name}`",
+            each.unit,
+            *("yes" if level in each.levels else "" for level in levels),
+            _sum(each),
+            each.help,
+        )
         for each in resources()
     ]
     return _table(("resource", "unit", *levels, "sum", "what it is"), *rows)
 
 
-def _sum(resource: Resource) -> str:
-    return "yes" if resource.summable else "no"
+def _yes(so: bool) -> str:
+    return "yes" if so else "no"
 
 
 # Who hears what
@@ -168,7 +172,8 @@ def _items(entries: list[tuple[str, Entry]]) -> Iterator[str]:
 
 def _sentence(text: str) -> str:
     capital = text if text.startswith(("auto", "fork")) else text[0].upper() + text[1:]
-    return capital.replace("\\", "\\e").replace("`", "") + "."
+    # mandoc wants lines of at most 80 characters.
+    return textwrap.fill(capital.replace("\\", "\\e").replace("`", ""), 78, break_on_hyphens=False) + "."
 
 
 def manual_list(entries: list[tuple[str, Entry]]) -> str:
@@ -182,13 +187,7 @@ def manual_resources() -> str:
     for each in resources():
         levels = ", ".join(level for level in Level if level in each.levels)
         lines.append(f".It Cm {each.name}\n{_sentence(each.help)}\nUnit: {each.unit}.\nMeasured for: {levels}.\n")
-        if each.rlimit is not None:
-            lines.append(f"Set by\n.Dv {_rlimit(each.rlimit)} .\n")
     return "".join([*lines, ".El\n"])
-
-
-def _rlimit(number: int) -> str:
-    return next(name for name in dir(rlimits) if name.startswith("RLIMIT_") and getattr(rlimits, name) == number)
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -17,6 +17,7 @@ from limitfs.hearing.sources import Hearing
 from limitfs.options import Options
 from limitfs.resources import who
 from limitfs.resources.model import Processes, Resource, System, Target, Threads
+from limitfs.space.births import BirthLog
 from limitfs.space.delivery import Delivery
 from limitfs.space.fuse import Operations
 from limitfs.space.house import House
@@ -81,7 +82,8 @@ class Daemon:
             options.hearing,
         )
         registry.ended = delivery.ended
-        self.house = House(registry, delivery, options, self.facts, self.hearing)
+        births = BirthLog(self.hearing.connector, registry.surroundings, self.notifier.announce)
+        self.house = House(registry, delivery, options, self.facts, births, self.hearing)
         self.tree = Tree(self.house, time.time_ns())
         self.operations = Operations(self.tree, self.house)
 

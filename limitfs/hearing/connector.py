@@ -87,6 +87,7 @@ class Exit(NamedTuple):
     tid: int
     pid: int
     ppid: int
+    """0 where the parent has waited for it already."""
     status: int
     """As wait(2) gives it, for os.waitstatus_to_exitcode."""
     signal: int
@@ -985,7 +986,9 @@ class Births:
                 self._callback(Birth("exec", event.time_ns, event.pid, ppid, comm, uid, None))
             case Exit():
                 _ppid, comm, uid = _about(event.pid)
-                self._callback(Birth("exit", event.time_ns, event.pid, event.ppid, comm, uid, event.status))
+                self._callback(
+                    Birth("exit", event.time_ns, event.pid, event.ppid or None, comm, uid, event.status)
+                )
             case Lost():
                 self._callback(Birth("lost", time.monotonic_ns(), None, None, None, None, None))
 

@@ -51,6 +51,9 @@ class Listener(Protocol):
     def gone(self, member: Target) -> None:
         """`member` has ended; nothing more will be said of it."""
 
+    def missed(self, member: Target, alarms: int) -> None:
+        """`member` entered alarm that many times of which no reading could be kept; they count all the same."""
+
     def lost(self, count: int) -> None:
         """`count` messages of the kernel were lost; fresh readings follow."""
 

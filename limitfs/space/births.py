@@ -1,24 +1,85 @@
-"""The line that `births` has for a fork, an exec or an exit."""
+"""The file `births`: a line for every fork, exec and exit, recorded while somebody has it open."""
 
-from limitfs.hearing.connector import Birth
+import os
+
+from limitfs.errors import Unsupported
+from limitfs.hearing.connector import Birth, Births, Connector
+from limitfs.space.delivery import Broadcast
+from limitfs.space.eventlog import EventLog
+from limitfs.space.poke import Announce
 from limitfs.watching.crossing import iso, number, quoted
 from limitfs.watching.watcher import Surroundings
 
+PATH = "births"
+"""Below the mount point."""
 
-def birth_line(around: Surroundings, birth: Birth, user: int) -> bytes | None:
-    """The line, or None where the process is not the reader's to see (root sees all)."""
-    if user != 0 and birth.uid != user and birth.kind != "lost":
-        return None
-    # The kernel's clock is monotonic; the line tells the time of day at which it happened.
-    happened = around.wall() - (around.now() - birth.time_ns / 1e9)
-    pairs = (
-        ("seq", str(around.next_seq())),
-        ("time", iso(happened)),
-        ("birth", birth.kind),
-        ("pid", number(birth.pid)),
-        ("ppid", number(birth.ppid)),
-        ("comm", quoted(birth.comm)),
-        ("uid", number(birth.uid)),
-        ("status", number(birth.status)),
-    )
-    return (" ".join(f"{key}={value}" for key, value in pairs) + "\n").encode()
+
+class BirthLog:
+    """Listens to the kernel's record of processes while there is a reader.
+
+    Args:
+        connector: where the record comes from.
+        around: numbers and times the lines.
+        announce: tells inotify.
+    """
+
+    def __init__(self, connector: Connector, around: Surroundings, announce: Announce) -> None:
+        self._connector = connector
+        self._around = around
+        self._announce = announce
+        self._lines = Broadcast()
+        self._births: Births | None = None
+        self._open = 0
+
+    def opened(self, user: int) -> EventLog:
+        """One more open file; the first begins the record.
+
+        Raises:
+            Unsupported: nothing here tells of processes.
+        """
+        if self._births is None:
+            missing = self._connector.missing()
+            if missing is not None:
+                raise Unsupported(f"no record of processes: {missing}")
+            self._births = Births(self._connector, self._hear)
+        self._open += 1
+        return self._lines.opened(user)
+
+    def closed(self, user: int) -> None:
+        """One open file less; the last ends the record."""
+        self._lines.closed(user)
+        self._open -= 1
+        if self._open == 0 and self._births is not None:
+            self._births.close()
+            self._births = None
+
+    def size(self, user: int) -> int:
+        """st_size for a user."""
+        return self._lines.size(user)
+
+    def _hear(self, birth: Birth) -> None:
+        self._lines.append(self._line(birth), _Everybody() if birth.kind == "lost" else (birth.uid,))
+        self._announce(PATH, None)
+
+    def _line(self, birth: Birth) -> bytes:
+        around = self._around
+        code = None if birth.status is None else os.waitstatus_to_exitcode(birth.status)
+        # The kernel's clock is monotonic; the line tells the time of day at which it happened.
+        happened = around.wall() - (around.now() - birth.time_ns / 1e9)
+        pairs = (
+            ("seq", str(around.next_seq())),
+            ("time", iso(happened)),
+            ("birth", birth.kind),
+            ("pid", number(birth.pid)),
+            ("ppid", number(birth.ppid)),
+            ("comm", quoted(birth.comm)),
+            ("uid", number(birth.uid)),
+            ("status", number(code if code is not None and code >= 0 else None)),
+            ("signal", number(-code if code is not None and code < 0 else None)),
+        )
+        return (" ".join(f"{key}={value}" for key, value in pairs) + "\n").encode()
+
+
+class _Everybody:
+    def __contains__(self, _user: object) -> bool:
+        return True

@@ -5,7 +5,7 @@ holds only what is his: watchers that he made, and members that run as him.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from limitfs.resources.model import Process, Processes, System, Target, Thread, Threads
 from limitfs.space.eventlog import EventLog
@@ -16,10 +16,44 @@ ALL = "event"
 """The root's file, below the mount point."""
 
 
+class Broadcast:
+    """A log that root reads whole, and every other user as far as it is his; a user's log lives while read."""
+
+    def __init__(self) -> None:
+        self._all = EventLog()
+        self._mine: dict[int, EventLog] = {}
+        self._readers: Counter[int] = Counter()
+
+    def append(self, line: bytes, users: Container[int | None]) -> None:
+        """Add a line, for root and for these users."""
+        self._all.append(line)
+        for user, mine in self._mine.items():
+            if user in users:
+                mine.append(line)
+
+    def opened(self, user: int) -> EventLog:
+        """One more open file reads what `user` may see."""
+        self._readers[user] += 1
+        return self._all if user == 0 else self._mine.setdefault(user, EventLog())
+
+    def closed(self, user: int) -> None:
+        """One reader less."""
+        self._readers[user] -= 1
+        if not self._readers[user]:
+            del self._readers[user]
+            self._mine.pop(user, None)
+
+    def size(self, user: int) -> int:
+        """st_size for that user."""
+        log = self._all if user == 0 else self._mine.get(user)
+        return log.end if log is not None else 0
+
+
 class Delivery:
     """Keeps the logs.
 
     Attributes:
+        all: behind the root's `event`.
         announce: has a file touched for inotify, and then something called.
     """
 
@@ -27,9 +61,7 @@ class Delivery:
         self.announce = announce
         self._logs: dict[Watcher, EventLog] = {}
         self._readers: Counter[Watcher] = Counter()
-        self._all = EventLog()
-        self._mine: dict[int, EventLog] = {}
-        self._users: Counter[int] = Counter()
+        self.all = Broadcast()
         self._lingering: Counter[Target] = Counter()
 
     # Writing
@@ -38,10 +70,7 @@ class Delivery:
         """Hand a record to everybody who may see it."""
         line = record.line().encode()
         self.log(watcher).append(line)
-        self._all.append(line)
-        for user, mine in self._mine.items():
-            if user in (watcher.owner, record.uid):
-                mine.append(line)
+        self.all.append(line, (watcher.owner, record.uid))
         if watcher.shared:
             self.announce(self._path(watcher), self._after_last(watcher, record))
         self.announce(ALL, None)
@@ -99,27 +128,6 @@ class Delivery:
             return False
         del self._readers[watcher]
         return True
-
-    def opened_all(self, user: int) -> EventLog:
-        """One more open file reads what `user` may see of all."""
-        if user == 0:
-            return self._all
-        self._users[user] += 1
-        return self._mine.setdefault(user, EventLog())
-
-    def closed_all(self, user: int) -> None:
-        """One reader of that less; a user's log lives while he reads it."""
-        if user == 0:
-            return
-        self._users[user] -= 1
-        if not self._users[user]:
-            del self._users[user]
-            del self._mine[user]
-
-    def size_all(self, user: int) -> int:
-        """st_size of the root's event file for a user."""
-        log = self._all if user == 0 else self._mine.get(user)
-        return log.end if log is not None else 0
 
 
 def _within(target: Target | None, ended: Target) -> bool:

@@ -178,9 +178,9 @@ class Operations(pyfuse3.Operations):
         if not isinstance(node.entry, Event):
             return 0
         if node.entry.kind == "all":
-            return self._house.delivery.size_all(user)
+            return self._house.delivery.all.size(user)
         if node.entry.kind == "births":
-            return 0
+            return self._house.births.size(user)
         return self._house.delivery.size(content.known(node.place, self._house))
 
     # Rights
@@ -334,6 +334,7 @@ class Operations(pyfuse3.Operations):
             if family is None or family.remove is None or child.family is not family:
                 raise Forbidden("this directory is fixed", "rmdir removes named watchers")
             family.remove(parent.place, self._house, ctx.uid, _text(name))
+            self._tree.cut(child)
             self._house.last_errors.accepted(ctx.uid)
 
     def _own(self, node: Node, user: int) -> None:

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from limitfs.errors import Busy, Gone, Impossible, Invalid, LimitsError, TooBig, Unsupported
-from limitfs.hearing.connector import Birth, Births
 from limitfs.hearing.psi import PsiTrigger
 from limitfs.hearing.source import Refused
 from limitfs.space import content
-from limitfs.space.births import birth_line
-from limitfs.space.delivery import overtaken
+from limitfs.space.births import BirthLog
+from limitfs.space.delivery import Broadcast, overtaken
 from limitfs.space.eventlog import Cursor, EventLog
 from limitfs.space.house import House
 from limitfs.space.table import Event, File
@@ -135,17 +134,18 @@ class EventFile:
         self._cursor.log.waiters.pop(self, None)
 
 
-class AllEvents(EventFile):
-    """The root's `event`."""
+class SharedEvents(EventFile):
+    """The root's `event`, or `births`: one log for all who read, each as far as he may."""
 
-    def __init__(self, house: House, user: int) -> None:
-        super().__init__(house.delivery.opened_all(user), house, "")
+    def __init__(self, source: Broadcast | BirthLog, house: House, path: str, user: int) -> None:
+        self._source = source
         self._user = user
+        super().__init__(source.opened(user), house, path)
 
     def close(self) -> None:
-        """Give back the user's log."""
+        """One reader less."""
         super().close()
-        self._house.delivery.closed_all(self._user)
+        self._source.closed(self._user)
 
 
 class WatcherEvents(EventFile):
@@ -252,29 +252,6 @@ class WatcherEvents(EventFile):
         self._house.registry.remove(own)
 
 
-class BirthEvents(EventFile):
-    """`births`: recorded while somebody has it open."""
-
-    def __init__(self, house: House, user: int) -> None:
-        missing = house.hearing.connector.missing()
-        if missing is not None:
-            raise Unsupported(f"no record of processes: {missing}")
-        self._user = user
-        super().__init__(EventLog(), house, "births")
-        self._births = Births(house.hearing.connector, self._birth)
-
-    def _birth(self, birth: Birth) -> None:
-        line = birth_line(self._house.registry.surroundings, birth, self._user)
-        if line is not None:
-            self._cursor.log.append(line)
-            self._house.delivery.announce(self._path, None)
-
-    def close(self) -> None:
-        """Nobody needs the records any more, or one less."""
-        super().close()
-        self._births.close()
-
-
 OpenFile = TextFile | EventFile
 Opener = Callable[[Node, House, int], OpenFile]
 
@@ -290,6 +267,7 @@ def open_file(node: Node, house: House, user: int) -> OpenFile:
         return TextFile(node, house, user)
     if not isinstance(node.entry, Event):
         raise Gone(f"{node.place.path} is no file")
-    if node.entry.kind == "all":
-        return AllEvents(house, user)
-    return BirthEvents(house, user) if node.entry.kind == "births" else WatcherEvents(node, house, user)
+    if node.entry.kind == "watcher":
+        return WatcherEvents(node, house, user)
+    shared = house.delivery.all if node.entry.kind == "all" else house.births
+    return SharedEvents(shared, house, node.path, user)

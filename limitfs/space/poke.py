@@ -15,6 +15,9 @@ import trio
 
 log = logging.getLogger(__name__)
 
+Announce = Callable[[str, Callable[[], None] | None], None]
+"""Has the file at a path below the mount point touched, and then something called."""
+
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_FDCWD = -100
 _UTIME_NOW = (1 << 30) - 1

@@ -151,14 +151,18 @@ class Tree:
         node.lookups -= lookups
         self.prune(node)
 
+    def cut(self, node: Node) -> None:
+        """The name is no more; the kernel may forget the node later."""
+        if node.parent is not None and node.parent.children.get(node.name) is node:
+            del node.parent.children[node.name]
+
     def prune(self, node: Node) -> None:
         """Drop a node that neither the kernel nor a node below needs, and then perhaps its parent."""
         while node.lookups <= 0 and not node.children and node is not self.root:
             self._nodes.pop(node.ino, None)
             parent = node.parent
             assert parent is not None
-            if parent.children.get(node.name) is node:
-                del parent.children[node.name]
+            self.cut(node)
             node = parent
 
     def known(self, path: str) -> Node | None:

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,6 +188,15 @@ def clocked(helper: Helper, code: str, after: str = "") -> int:
         return int(told.read())
 
 
+def _wait_for_alarm(fd: int, poller: select.poll, woke: list[int]) -> None:
+    while True:
+        assert poller.poll(20_000), "no wake"
+        now = time.monotonic_ns()
+        if b"crossing=clear" not in os.pread(fd, 1 << 20, 0).splitlines()[-1]:
+            woke.append(now)
+            return
+
+
 def _wake_us(limits: Mount, path: str, cross: Callable[[], int], times: int) -> None:
     """Microseconds from `cross` (which returns CLOCK_MONOTONIC ns of the crossing) to the poller's wake."""
     fd = os.open(limits / path, os.O_RDONLY)
@@ -195,14 +205,12 @@ def _wake_us(limits: Mount, path: str, cross: Callable[[], int], times: int) -> 
     delays = []
     for _ in range(times):
         os.pread(fd, 1 << 20, 0)
+        woke: list[int] = []
+        waiter = threading.Thread(target=_wait_for_alarm, args=(fd, poller, woke))
+        waiter.start()
         crossed = cross()
-        while True:
-            assert poller.poll(20_000), "no wake"
-            woke = time.monotonic_ns()
-            lines = os.pread(fd, 1 << 20, 0).splitlines()
-            if b"crossing=clear" not in lines[-1]:
-                break
-        delays.append((woke - crossed) / 1000)
+        waiter.join()
+        delays.append((woke[0] - crossed) / 1000)
     os.close(fd)
     delays.sort()
     source = limits.state(path.replace("event", "state"))["source"]

@@ -69,7 +69,7 @@ class Shell:
 
 
 @pytest.fixture
-def shell(limits: Mount, tmp_path: Path) -> Iterator[Shell]:
+def shell(tmp_path: Path) -> Iterator[Shell]:
     """A shell that has the command limitfs of this checkout."""
     command = tmp_path / "limitfs"
     command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m limitfs \"$@\"\n")

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -77,7 +79,7 @@ def test_set_again_it_fires_again(reactor: Turned, timers: CpuTimers, helper: Ma
     timer = timers.arm_at(procfs.identify(child.pid), 0.1, ring)
     begin(child, burn(2.0))
     reactor.until(lambda: len(fired) == 4)
-    assert all(later - earlier >= 0.05 for earlier, later in zip(fired, fired[1:], strict=False))
+    assert all(later - earlier >= 0.05 for earlier, later in pairwise(fired))
     timer.close()
 
 
@@ -114,7 +116,7 @@ def test_many_timers_on_one_process(reactor: Turned, timers: CpuTimers, helper: 
     child = helper()
     process = procfs.identify(child.pid)
     fired: set[int] = set()
-    made = [timers.arm_at(process, 0.15, lambda number=number: fired.add(number)) for number in range(300)]
+    made = [timers.arm_at(process, 0.15, partial(fired.add, number)) for number in range(300)]
     child.do(burn(0.6))  # the kernel fires 20 timers of a process per tick
     reactor.until(lambda: len(fired) == 300)
     for timer in made:
@@ -266,6 +268,10 @@ def test_cpu_below_the_level_does_not_ring(
     armed.disarm()
 
 
+def beyond(heard: Heard, member: Process, value: float) -> bool:
+    return heard.values(member)[-1] >= value
+
+
 def test_each_process_is_heard_from_its_birth(
     reactor: Turned, source: CpuTimerSource, heard: Heard, helper: MakeHelper
 ) -> None:
@@ -278,7 +284,7 @@ def test_each_process_is_heard_from_its_birth(
     for child in (old, young):
         child.do(burn(0.3))
         member = known[child.pid]
-        reactor.until(lambda member=member: heard.values(member)[-1] >= 0.2)
+        reactor.until(partial(beyond, heard, member, 0.2))
     assert max(heard.values(known[idle.pid])) < 0.2
     young.end()
     reactor.until(lambda: known[young.pid] in heard.ended)

@@ -59,7 +59,8 @@ static long tally_chunk(__u32 index, struct tally *t)
 	if (bpf_probe_read_kernel(chunk, words * sizeof(*chunk), t->open_fds + from))
 		return 1;
 	for (i = 0; i < CHUNK && i < words; i++)
-		t->count += __builtin_popcountll(chunk[i]);
+		if (chunk[i])
+			t->count += __builtin_popcountll(chunk[i]);
 	return 0;
 }
 

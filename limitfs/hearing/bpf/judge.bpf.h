@@ -84,7 +84,7 @@ static void bounds(struct task_struct *task, __u32 kind, struct range *r);
  */
 static __always_inline __u64 start_of(struct task_struct *task)
 {
-	return BPF_CORE_READ(task, group_leader, start_boottime) / LIMITFS_TICK;
+	return task->group_leader->start_boottime / LIMITFS_TICK;
 }
 
 static __always_inline void describe(struct subject *s, struct task_struct *task)
@@ -246,6 +246,12 @@ __noinline int take(struct state *st, const struct levels *l, const struct subje
 	return 1;
 }
 
+static __always_inline bool is_last(struct task_struct *task)
+{
+	/* do_exit() has counted this thread out already. */
+	return BPF_CORE_READ(task, signal, live.counter) == 0;
+}
+
 /*
  * What goes from round to round and from watch to watch. The loops are
  * bpf_loop() (since 5.17): the verifier looks at each body once.
@@ -272,17 +278,19 @@ static long judge_round(__u32 index, struct turning *t)
 	__u64 flips = flips_of(t->state);
 	__s64 value = measure(t->task, t->kind);
 
-	/* A state is made when it first turns. */
-	if (!t->state) {
-		if (!turns(&t->levels, 0, value))
+	if (turns(&t->levels, flips, value)) {
+		/* What ends has ended for good: no state may come after that. */
+		if (is_last(t->task))
 			return 1;
-		t->state = state_of(&t->subject->member);
+		/* Only now, for it costs more than all the rest. */
+		if (!t->subject->tid)
+			describe(t->subject, t->task);
+		/* A state is made when it first turns. */
+		if (!t->state)
+			t->state = state_of(&t->subject->member);
 	}
 	if (!t->state)
 		return 1;
-	/* Only now, for it costs more than all the rest. */
-	if (!t->subject->tid)
-		describe(t->subject, t->task);
 	return !take(t->state, &t->levels, t->subject, flips, value);
 }
 
@@ -320,7 +328,7 @@ static long add_up(__u32 kind, struct judging *j)
 	if (!(control.sums & (1U << (kind & 31))))
 		return 0;
 	share = bpf_map_lookup_elem(&shares, &m);
-	if (!share && !j->gone) {
+	if (!share && !j->gone && !is_last(j->task)) {
 		bpf_map_update_elem(&shares, &m, &zero, BPF_NOEXIST);
 		share = bpf_map_lookup_elem(&shares, &m);
 		if (!share)
@@ -378,12 +386,6 @@ static __always_inline void judge_sums(struct judging *j)
 		bpf_loop(j->config->count, judge_sum, j, 0);
 }
 
-static __always_inline bool is_last(struct task_struct *task)
-{
-	/* do_exit() has counted this thread out already. */
-	return BPF_CORE_READ(task, signal, live.counter) == 0;
-}
-
 /* Something of `task` has changed, or may have. */
 static __always_inline void look(struct task_struct *task)
 {
@@ -393,9 +395,6 @@ static __always_inline void look(struct task_struct *task)
 
 	j.config = bpf_map_lookup_elem(&configs, &key);
 	if (!j.config && !every)
-		return;
-	/* What ends has ended for good: no state may come after that. */
-	if (is_last(task))
 		return;
 	j.subject.member.tgid = key;
 	j.subject.member.start = start_of(task);

@@ -57,17 +57,38 @@ int BPF_PROG(sched_process_exec, struct task_struct *task)
 	return 0;
 }
 
+/*
+ * The highest mark is kept only up to the last unmapping; the counters may
+ * have grown since, and are read here as the kernel reads them for rusage,
+ * without asking every processor.
+ */
+#define COMMON(mm, which)									\
+	(bpf_core_type_exists(struct mm_rss_stat) ?						\
+		BPF_CORE_READ((struct mm_struct___atomic *)(mm), rss_stat.count[which].counter) :	\
+		BPF_CORE_READ(mm, rss_stat[which].count))
+
 static __always_inline void record_exit(struct task_struct *task)
 {
-	/* maxrss was brought up to date by do_exit(), also where the memory is gone by now (before 6.16). */
-	__u64 memory = BPF_CORE_READ(task, signal, maxrss);
-	__u64 peak = BPF_CORE_READ(task, mm, hiwater_vm);
-	__u64 total = BPF_CORE_READ(task, mm, total_vm);
+	struct mm_struct *mm = BPF_CORE_READ(task, mm);
 	int status = BPF_CORE_READ(task, signal, group_exit_code);
+	__s64 memory, peak, virtual = 0, total;
 
 	if (!status)
 		status = BPF_CORE_READ(task, group_leader, exit_code);
-	record_life(task, LIMITFS_EXIT, status, memory, peak > total ? peak : total);
+	if (mm) {
+		memory = COMMON(mm, 0) + COMMON(mm, 1) + COMMON(mm, 3);
+		peak = BPF_CORE_READ(mm, hiwater_rss);
+		total = BPF_CORE_READ(mm, total_vm);
+		virtual = BPF_CORE_READ(mm, hiwater_vm);
+		if (peak < memory)
+			peak = memory;
+		if (virtual < total)
+			virtual = total;
+	} else {
+		/* Before 6.16 the memory is gone by now; this includes the programs before the last exec. */
+		peak = BPF_CORE_READ(task, signal, maxrss);
+	}
+	record_life(task, LIMITFS_EXIT, status, peak, virtual);
 }
 
 SEC("?tp_btf/sched_process_exit")

@@ -1,0 +1,125 @@
+"""Memory, heard by kmem:rss_stat."""
+
+import mmap
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from bpfkit import Alarmed, links, loaded, settle
+from kernelkit import Turned, turned, want
+
+from limitfs.hearing.bpf.source import BpfRss
+from limitfs.resources import procfs
+from limitfs.resources.memory import Memory, Shared
+from limitfs.resources.model import Process, Processes
+
+PAGE = mmap.PAGESIZE
+MEMORY = Memory()
+
+MakeHelper = Callable[..., Any]
+
+MAPPED = (
+    "m = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+    "m.madvise(mmap.MADV_NOHUGEPAGE)\n"
+    "def excursion(pages):\n"
+    "    for i in range(pages): m[i * mmap.PAGESIZE] = 1\n"
+    "    m.madvise(mmap.MADV_DONTNEED)\n"
+    "for _ in range(100): excursion(200)"
+)
+
+
+@pytest.fixture
+def reactor() -> Iterator[Turned]:
+    with turned() as reactor:
+        yield reactor
+
+
+@pytest.fixture
+def source(reactor: Turned) -> Iterator[BpfRss]:
+    with loaded(BpfRss, reactor) as source:
+        yield source
+
+
+def resident(child: Any) -> int:
+    """Pages, exactly: statm may leave out what processors keep for themselves."""
+    with open(f"/proc/{child.pid}/smaps_rollup") as lines:
+        return next(int(line.split()[1]) * 1024 // PAGE for line in lines if line.startswith("Rss:"))
+
+
+def test_every_excursion_counts(reactor: Turned, source: BpfRss, helper: MakeHelper) -> None:
+    child = helper(MAPPED)
+    child.do("for _ in range(100): excursion(200)")
+    # The interpreter itself takes some pages more or less while it works.
+    level = (resident(child) + 100) * PAGE
+    heard = Alarmed(level=level)
+    armed = source.arm(want(MEMORY, procfs.identify(child.pid), f">= {level}"), heard)
+    child.do("for _ in range(10_000): excursion(200)")
+    settle(reactor)
+    armed.disarm()
+    assert heard.total == 10_000
+
+
+def test_below_is_silent_and_wakes_nobody(reactor: Turned, source: BpfRss, helper: MakeHelper) -> None:
+    child = helper(MAPPED)
+    child.do("for _ in range(100): excursion(200)")
+    level = (resident(child) + 250) * PAGE
+    heard = Alarmed(level=level)
+    armed = source.arm(want(MEMORY, procfs.identify(child.pid), f">= {level}"), heard)
+    settle(reactor)
+    child.do("for _ in range(1000): excursion(200)")
+    assert reactor.quiet(0.2) == 0
+    armed.disarm()
+    assert heard.total == 0
+
+
+def test_value_is_exact(reactor: Turned, source: BpfRss, helper: MakeHelper) -> None:
+    child = helper(MAPPED)
+    level = (resident(child) + 1000) * PAGE
+    heard = Alarmed(level=level)
+    armed = source.arm(want(MEMORY, procfs.identify(child.pid), f">= {level}"), heard)
+    child.do("for i in range(3000): m[i * mmap.PAGESIZE] = 1")
+    settle(reactor)
+    armed.disarm()
+    assert heard.total == 1
+    # A fault may bring in more than one page at once.
+    assert level <= heard.values()[-1] <= level + 64 * PAGE
+
+
+def test_born_later_and_gone_within_milliseconds(reactor: Turned, source: BpfRss) -> None:
+    level = 128 << 20
+    heard = Alarmed(level=level)
+    armed = source.arm(want(MEMORY, Processes(), ">= 128M", each=True), heard)
+    child = subprocess.Popen([sys.executable, "-S", "-c", "bytearray(150 << 20)"])
+    child.wait()
+    reactor.until(lambda: any(isinstance(m, Process) and m.pid == child.pid for m in heard.ended))
+    armed.disarm()
+    assert [n for m, n in heard.alarms.items() if isinstance(m, Process) and m.pid == child.pid] == [1]
+
+
+def test_shared(reactor: Turned, source: BpfRss, helper: MakeHelper) -> None:
+    child = helper("s = mmap.mmap(-1, 8 << 20)")
+    heard = Alarmed(level=4 << 20)
+    armed = source.arm(want(Shared(), procfs.identify(child.pid), ">= 4M"), heard)
+    child.do("for i in range(2048): s[i * 4096] = 1")
+    settle(reactor)
+    child.do("s.close()")
+    settle(reactor)
+    armed.disarm()
+    assert heard.total == 1
+    assert heard.values()[-1] < 4 << 20
+
+
+def test_disarmed_leaves_no_hook(reactor: Turned, source: BpfRss, helper: MakeHelper) -> None:
+    child = helper()
+    before = links()
+    armed = source.arm(want(MEMORY, procfs.identify(child.pid), ">= 1T"), Alarmed())
+    assert links() > before
+    armed.disarm()
+    reactor.until(lambda: links() == before)
+
+
+def test_sums_are_declined(source: BpfRss) -> None:
+    assert not source.hears(MEMORY, Processes(), False)
+    assert source.hears(MEMORY, Processes(), True)

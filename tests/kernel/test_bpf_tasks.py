@@ -1,0 +1,102 @@
+"""Threads, and the lives of processes, heard by the scheduler's tracepoints."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from bpfkit import Alarmed, links, loaded, settle
+from kernelkit import Turned, turned, want
+
+from limitfs.hearing.bpf.source import BpfTasks, Birth
+from limitfs.resources import procfs
+from limitfs.resources.model import Processes
+from limitfs.resources.tasks import Threads
+
+THREADS = Threads()
+
+MakeHelper = Callable[..., Any]
+
+
+@pytest.fixture
+def reactor() -> Iterator[Turned]:
+    with turned() as reactor:
+        yield reactor
+
+
+@pytest.fixture
+def source(reactor: Turned) -> Iterator[BpfTasks]:
+    with loaded(BpfTasks, reactor) as source:
+        yield source
+
+
+def test_every_excursion_counts(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    # join() returns before the thread has ended for the kernel.
+    child = helper(
+        "def excursion():\n"
+        "    threading.Thread(target=int).start()\n"
+        "    while len(os.listdir('/proc/self/task')) > 1: pass"
+    )
+    heard = Alarmed(level=2)
+    armed = source.arm(want(THREADS, procfs.identify(child.pid), ">= 2"), heard)
+    child.do("for _ in range(10_000): excursion()")
+    settle(reactor)
+    armed.disarm()
+    assert heard.total == 10_000
+    assert heard.values()[-1] == 1
+
+
+def test_below_is_silent_and_wakes_nobody(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    child = helper()
+    heard = Alarmed(level=3)
+    armed = source.arm(want(THREADS, Processes(), ">= 3000", each=True), heard)
+    settle(reactor)
+    child.do("for _ in range(100): threading.Thread(target=int).start()")
+    child.do("for _ in range(20): os.waitpid(os.fork() or os._exit(0), 0)")
+    assert reactor.quiet(0.2) == 0
+    armed.disarm()
+
+
+def test_lives(reactor: Turned, source: BpfTasks) -> None:
+    births: list[Birth] = []
+    end = source.births(births.append)
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import os; m = bytearray(64 << 20); os._exit(3)"])
+    child.wait()
+    reactor.until(lambda: any(b.what == "exit" and b.process.pid == child.pid for b in births))
+    end()
+    end()
+    fork, exec_, exit_ = (b for b in births if b.process.pid == child.pid)
+    assert (fork.what, exec_.what, exit_.what) == ("fork", "exec", "exit")
+    assert fork.parent == os.getpid()
+    assert exit_.status is not None
+    assert os.waitstatus_to_exitcode(exit_.status) == 3
+    assert exit_.memory >= 64 << 20
+    assert exit_.virtual >= exit_.memory
+    assert exit_.witness.comm.startswith("python")
+    assert fork.process.start == exit_.process.start
+
+
+def test_sum_follows(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    heard = Alarmed()
+    armed = source.arm(want(THREADS, Processes(), "change"), heard)
+    settle(reactor)
+    before = heard.values()[-1]
+    child = helper()
+    child.do("stop = threading.Event(); [threading.Thread(target=stop.wait).start() for _ in range(200)]")
+    settle(reactor)
+    assert abs(heard.values()[-1] - before - 201) < 30
+    child.do("stop.set()")
+    child.end()
+    settle(reactor)
+    armed.disarm()
+    assert abs(heard.values()[-1] - before) < 30
+
+
+def test_disarmed_leaves_no_hook(reactor: Turned, source: BpfTasks) -> None:
+    before = links()
+    armed = source.arm(want(THREADS, procfs.identify(os.getpid()), ">= 10000"), Alarmed())
+    assert links() > before
+    armed.disarm()
+    reactor.until(lambda: links() == before)
