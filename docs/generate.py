@@ -108,8 +108,8 @@ def resource_table() -> str:
         (
             f"`{each.name}`",
             each.unit,
-            *("yes" if level in each.levels else "" for level in levels),
-            _sum(each),
+            *(_yes(level in each.levels) for level in levels),
+            _yes(each.summable),
             each.help,
         )
         for each in resources()
@@ -118,7 +118,7 @@ def resource_table() -> str:
 
 
 def _yes(so: bool) -> str:
-    return "yes" if so else "no"
+    return "yes" if so else ""
 
 
 # Who hears what

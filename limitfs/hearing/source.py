@@ -8,7 +8,7 @@ it knows nothing of paths, files or alarms.
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from limitfs.resources.model import Measured, Resource, Target
 from limitfs.watching.condition import Condition
@@ -42,8 +42,23 @@ class Want:
     levels: Callable[[Measured], tuple[float, float]]
 
 
+class Witness(NamedTuple):
+    """Who made a value, as the kernel saw it at that moment; that process may have ended since.
+
+    `time_ns`: CLOCK_MONOTONIC. `uid`: the effective one.
+    """
+
+    time_ns: int
+    tid: int
+    comm: str
+    uid: int
+
+
 class Listener(Protocol):
     """Who is told. `member` is the target itself for a total, else the member."""
+
+    def witnessed(self, member: Target, witness: Witness) -> None:
+        """Who made the value of `member` that is told next, and when; only exact sources know."""
 
     def reading(self, member: Target, value: float) -> None:
         """The value of `member` now; where the source saw a peak that is over, it reports both in turn."""

@@ -315,11 +315,18 @@ def known(place: Place, house: "House") -> Watcher | None:
 
 
 def find(place: Place, house: "House") -> Watcher | None:
-    """The same; None only where it is the resource's own. Raises Gone for a watcher that was removed."""
+    """The same; None only where it is the resource's own, of a target that exists. Raises Gone."""
     watcher = known(place, house)
-    if watcher is None and place.watcher is not None:
+    if watcher is not None:
+        return watcher
+    if place.watcher is not None:
         raise Gone(f"watcher {place.watcher!a} was removed")
-    return watcher
+    target, _resource = place.subject
+    if isinstance(target, Threads):
+        target = target.process
+    if isinstance(target, Process | Thread):
+        procfs.check(target)
+    return None
 
 
 def need(place: Place, house: "House") -> Watcher:

@@ -6,9 +6,9 @@ A watcher is told values (`reading`, `gone`, `lost`: the `Listener` of limitfs/h
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from limitfs.hearing.source import Armed, Want
+from limitfs.hearing.source import Armed, Want, Witness
 from limitfs.resources.model import Measured, Resource, Target
 from limitfs.resources.who import Who
 from limitfs.watching.alarm import Alarm, State
@@ -85,6 +85,7 @@ class Watcher:
     _known: dict[Target, Who] = field(default_factory=dict)
     _cancel_deadline: dict[Target, Callable[[], None]] = field(default_factory=dict)
     _early: list[tuple[Target, float]] = field(default_factory=list)
+    _witness: Witness | None = None
 
     def begin(self, condition: Condition) -> None:
         """Start afresh with `condition`: all members clear, counters at zero."""
@@ -144,6 +145,11 @@ class Watcher:
 
     # The Listener
 
+    def witnessed(self, member: Target, witness: Witness) -> None:
+        """Keep who made the value that is told next."""
+        del member
+        self._witness = witness
+
     def reading(self, member: Target, value: float) -> None:
         """Take in a value of `member`; emits a record where that makes a crossing."""
         if self.condition is None:
@@ -161,6 +167,7 @@ class Watcher:
         self._follow_deadline(member, alarm)
         if crossing is not None:
             self._ring(crossing, member, value)
+        self._witness = None
 
     def gone(self, member: Target) -> None:
         """`member` has ended; said where it is the target itself or was in alarm."""
@@ -196,7 +203,7 @@ class Watcher:
         return self.condition.levels(limit)
 
     def _ring(self, crossing: Crossing, member: Target, value: float) -> None:
-        self.since = self.surroundings.wall()
+        self.since = self._time()
         if crossing is Crossing.ALARM:
             self.alarms += 1
         self._emit(crossing, member, value, None)
@@ -206,17 +213,31 @@ class Watcher:
     def _emit(
         self, crossing: Crossing, member: Target, value: float | None, who: Who | None, count: int | None = None
     ) -> None:
-        who = who or self.surroundings.describe(member)
+        who = who or self._describe(member)
         if crossing is Crossing.ALARM:
             # A member that ends in alarm is named in its last line, when /proc knows it no more.
             self._known[member] = who
         self.emit(self, self._record(crossing, value, who, count))
 
+    def _describe(self, member: Target) -> Who:
+        """Who `member` is; where it has ended already, by the kernel's witness."""
+        who, witness = self.surroundings.describe(member), self._witness
+        if who.comm is None and who.pid is not None and witness is not None:
+            return replace(who, comm=witness.comm, uid=witness.uid)
+        return who
+
+    def _time(self) -> float:
+        """When it happened, by the kernel's word if there is one, in Unix seconds."""
+        around = self.surroundings
+        if self._witness is None:
+            return around.wall()
+        return around.wall() - (around.now() - self._witness.time_ns / 1e9)
+
     def _record(self, crossing: Crossing, value: float | None, who: Who, count: int | None) -> Record:
         around = self.surroundings
         return Record(
             seq=around.next_seq(),
-            time=around.wall(),
+            time=self._time(),
             crossing=crossing,
             path=self.path,
             watcher=self.name,

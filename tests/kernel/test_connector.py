@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from kernelkit import Heard, Turned, turned, want
 
+from kernelkit import Heard, Turned, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing import connector as module
 from limitfs.hearing.connector import (

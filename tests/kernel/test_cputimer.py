@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from kernelkit import Heard, Turned, begin, burn, turned, want
 
+from kernelkit import Heard, Turned, begin, burn, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing import cputimer
 from limitfs.hearing.connector import Connector

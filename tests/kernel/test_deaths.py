@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kernelkit import Turned, begin, turned
 
+from kernelkit import Turned, begin, turned
 from limitfs.errors import Gone
 from limitfs.hearing.deaths import Deaths
 from limitfs.hearing.source import Refused

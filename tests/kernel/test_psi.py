@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import trio
-from kernelkit import Heard, Turned, begin, burn, turned, want
 
+from kernelkit import Heard, Turned, begin, burn, turned, want
 from limitfs.hearing.edges import Edges
 from limitfs.hearing.psi import PsiSource, PsiTrigger
 from limitfs.hearing.reactor import Reactor

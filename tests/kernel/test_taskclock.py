@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import trio
-from kernelkit import Heard, Turned, begin, burn, turned, want
 
+from kernelkit import Heard, Turned, begin, burn, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing.connector import Connector
 from limitfs.hearing.edges import Edges

@@ -40,7 +40,6 @@ def explained(limits: Mount, call: Callable[[], object], errno: str, *words: str
         ("off 3", "nothing may follow"),
         ("200\n300", "300"),
         ("٢٠٠", "column 1"),
-        ("200 per 1s", "per"),
     ],
 )
 def test_einval(limits: Mount, helper: Make, text: str, wrong: str) -> None:
@@ -81,7 +80,7 @@ def test_names_that_are_good(limits: Mount, helper: Make, name: str) -> None:
     os.rmdir(directory)
 
 
-@pytest.mark.parametrize("text", [">= 100000000T", "200 clear 300", "150%"])
+@pytest.mark.parametrize("text", [">= 100000000T", "200 clear 300", "150%", "1G per 1s"])
 def test_erange(limits: Mount, helper: Make, text: str) -> None:
     child = helper()
     path = f"process/{child.pid}/virtual/threshold"  # no limit is set, so no share of it can be
@@ -112,8 +111,7 @@ def test_esrch(limits: Mount, helper: Make) -> None:
     child.end()
     limits.wait_for(lambda: not (limits / path).exists())
     for fd, name in zip(fds, names, strict=True):
-        if name != "hearing":
-            explained(limits, lambda fd=fd: os.write(fd, b"5"), "ESRCH", f"{path}/{name}")
+        explained(limits, lambda fd=fd: os.write(fd, b"5"), "ESRCH", f"{path}/{name}")
         os.close(fd)
     explained(limits, lambda: os.write(event, b"5"), "ESRCH", f"{path}/event")
     os.close(event)
@@ -303,7 +301,7 @@ def test_errors_are_each_users_own(limits: Mount, helper: Make, nobody: Other) -
 
 @pytest.mark.parametrize(
     "data",
-    [b"\0", b"\xff\xfe\x00", b"200\xff", bytes(range(256)), os.urandom(4096), b"2\x0000", b"200\0\n", b"\x1b[31m200"],
+    [b"\0", b"\xff\xfe\x00", b"200\xff", bytes(range(256)), os.urandom(4096), b"2\x0000", b"\x1b[31m200"],
 )
 def test_garbage_is_einval_and_told_in_printable_words(limits: Mount, helper: Make, data: bytes) -> None:
     path = f"process/{helper().pid}/fds/threshold"

@@ -222,8 +222,8 @@ def test_cpu_over_a_window(limits: Mount, helper: Make) -> None:
 
 
 def test_thread_cputime(limits: Mount, helper: Make) -> None:
-    child = helper("go = threading.Event()\nids = []")
-    child.do("work = lambda: (ids.append(threading.get_native_id()), go.wait(), sum(range(30_000_000)))")
+    child = helper("go, stay = threading.Event(), threading.Event()\nids = []")
+    child.do("work = lambda: (ids.append(threading.get_native_id()), go.wait(), sum(range(30_000_000)), stay.wait())")
     child.do("workers = [threading.Thread(target=work, daemon=True) for _ in range(2)]")
     child.do("[w.start() for w in workers]")
     tids = [t for t in os.listdir(f"/proc/{child.pid}/task") if int(t) != child.pid]

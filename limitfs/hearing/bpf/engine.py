@@ -216,13 +216,13 @@ class Engine:
 
     def close(self) -> None:
         """Unload; nobody may use it any more."""
-        self._wait_detached()
+        self.wait_detached()
         self._unload()
         self._tried = False
 
     def _attach(self, hooks: Hooks) -> None:
         assert self._object is not None
-        self._wait_detached()
+        self.wait_detached()
         attached = set()
         for name in sorted(self._programs):
             try:
@@ -240,14 +240,14 @@ class Engine:
         self._detaching = threading.Thread(target=links.destroy, name="limitfs-detach", daemon=True)
         self._detaching.start()
 
-    def _wait_detached(self) -> None:
-        # A program cannot be attached again to the same function before that.
+    def wait_detached(self) -> None:
+        """Until the hooks are gone; a program cannot be attached again to the same function before that."""
         if self._detaching is not None:
             self._detaching.join()
             self._detaching = None
 
     def _unload(self) -> None:
-        self._wait_detached()
+        self.wait_detached()
         self._control = None
         if self._object is not None:
             self._object.close()

@@ -4,7 +4,8 @@ import contextlib
 import ctypes
 import functools
 import os
-import platform
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,16 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from kernelkit import Heard, Turned
 
-from limitfs.hearing.bpf import build
+from kernelkit import Heard, Turned
+from limitfs.hearing.bpf import build, layout
 from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks, Witness
 from limitfs.resources.model import Target
 
 AnySource = TypeVar("AnySource", BpfFds, BpfRss, BpfTasks)
-
-_BPF_LINK_GET_NEXT_ID = 31
-_SYS_BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 280)
 
 
 @dataclass
@@ -74,19 +72,18 @@ def loaded(kind: type[AnySource], reactor: Turned) -> Iterator[AnySource]:
     if reason is not None:
         pytest.skip(reason)
     try:
+        source.engine.wait_detached()
         yield source
     finally:
         source.close()
 
 
 def links() -> int:
-    """How many programs are attached through links, on the whole machine."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    attribute = (ctypes.c_uint32 * 8)()
+    """How many programs this process has attached: a link ends with its descriptor, proc_pid_fdinfo(5)."""
     count = 0
-    while libc.syscall(_SYS_BPF, _BPF_LINK_GET_NEXT_ID, ctypes.byref(attribute), ctypes.sizeof(attribute)) == 0:
-        attribute[0] = attribute[1]
-        count += 1
+    for name in os.listdir("/proc/self/fdinfo"):
+        with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{name}") as info:
+            count += "link_type" in info.read()
     return count
 
 
@@ -99,3 +96,35 @@ def settle(reactor: Turned) -> None:
 def base_fds(pid: int) -> int:
     """Descriptors that are open now."""
     return os.stat(f"/proc/{pid}/fd").st_size or len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_layouts_are_those_of_the_header() -> None:
+    """Compared with the C compiler's, where there is one."""
+    clang = shutil.which("clang")
+    if clang is None:
+        pytest.skip("no clang")
+    names = {
+        "watch": layout.Watch,
+        "config": layout.Config,
+        "member": layout.Member,
+        "state": layout.State,
+        "record": layout.Record,
+        "seed": layout.Seed,
+        "control": layout.Control,
+    }
+    lines = ["#include <linux/types.h>", f'#include "{build.SOURCES}/limitfs.h"']
+    for name, structure in names.items():
+        lines.append(f'_Static_assert(sizeof(struct {name}) == {ctypes.sizeof(structure)}, "{name}");')
+        for entry in structure._fields_:
+            offset = getattr(structure, entry[0]).offset
+            lines.append(
+                f'_Static_assert(__builtin_offsetof(struct {name}, {entry[0]}) == {offset}, "{entry[0]}");'
+            )
+    done = subprocess.run(
+        [clang, "-fsyntax-only", "-x", "c", "-"],
+        input="\n".join(lines),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
