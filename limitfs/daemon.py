@@ -17,6 +17,7 @@ from limitfs.hearing.sources import Hearing
 from limitfs.options import Options
 from limitfs.resources import who
 from limitfs.resources.model import Processes, Resource, System, Target, Threads
+from limitfs.space import eager
 from limitfs.space.births import BirthLog
 from limitfs.space.delivery import Delivery
 from limitfs.space.fuse import Operations
@@ -41,6 +42,7 @@ def serve(mountpoint: str, options: Options, ready: Callable[[], None]) -> int:
     Hearing.prepare()
     _raise_file_limit()
     daemon = Daemon(mountpoint, options)
+    eager.install()
     pyfuse3.init(daemon.operations, mountpoint, _fuse_options(options))
     try:
         trio.run(daemon.run, ready)

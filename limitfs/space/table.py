@@ -170,7 +170,7 @@ PROCESSES = Dir(
     "process",
     "all processes, and RESOURCES for each or all of them",
     (Link("self", "the caller's own directory", content.self_link),),
-    (_RESOURCES, Family("PID", content.process_names, content.bind_process, PROCESS, lasting=False)),
+    (Family("PID", content.process_names, content.bind_process, PROCESS, lasting=False), _RESOURCES),
     step=content.all_processes,
 )
 

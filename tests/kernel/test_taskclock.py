@@ -105,11 +105,11 @@ def test_cpu_rings_in_a_burst_and_clears_after_it(
 ) -> None:
     child = helper(WORKER)
     _first, worker = threads_of(child)
-    armed = source.arm(want(Cpu(), worker, "50% per 500ms"), heard)
+    armed = source.arm(want(Cpu(), worker, "10% per 500ms"), heard)
     assert heard.values() == [0.0]
     begin(child, f"jobs.put({burn(1.0)!r})")
-    reactor.until(lambda: heard.values()[-1] >= 50)
-    reactor.until(lambda: heard.values()[-1] < 50)
+    reactor.until(lambda: heard.values()[-1] >= 10)
+    reactor.until(lambda: heard.values()[-1] < 10)
     reactor.quiet(0.3)
     readings = len(heard.readings)
     assert reactor.quiet(1.0) == 0, "clear and idle: no tick"

@@ -112,7 +112,7 @@ class Engine:
         self._users = 0
         self._ids = itertools.count(1)
         self._clients: dict[int, Client] = {}
-        self._configs: dict[int, list[Watch]] = {}
+        self._configs: dict[int, tuple[int, list[Watch]]] = {}
         self._dropped = 0
 
     # What works here
@@ -267,7 +267,9 @@ class Engine:
         Raises:
             Refused: there are too many watches on it, or watched processes.
         """
-        present = self._configs.get(tgid, [])
+        start_now, present = self._configs.get(tgid, (start, []))
+        if start_now != start:
+            present = []  # of a process that had this number before
         if len(present) + len(watches) > WATCHES:
             raise Refused(f"{WATCHES} watches already")
         for watch in watches:
@@ -280,21 +282,23 @@ class Engine:
         ids = {watch.id for watch in watches}
         for number in ids:
             self._clients.pop(number, None)
-        if tgid in self._configs:
-            self._store(tgid, start, [watch for watch in self._configs[tgid] if watch.id not in ids])
+        start_now, present = self._configs.get(tgid, (None, []))
+        if start_now == start:
+            self._store(tgid, start, [watch for watch in present if watch.id not in ids])
         for key in self._states().keys(Member) if tgid == EVERY else [Member(n, tgid, start) for n in ids]:
             if key.watch in ids:
                 self._states().delete(key)
 
-    def forget(self, tgid: int) -> None:
+    def forget(self, tgid: int, start: int) -> None:
         """The process has ended: the kernel has dropped its watches by itself."""
-        self._configs.pop(tgid, None)
+        if self._configs.get(tgid, (None, []))[0] == start:
+            del self._configs[tgid]
 
     def _store(self, tgid: int, start: int, watches: list[Watch]) -> None:
         assert self._object is not None
         configs = self._object.map("configs")
         if watches:
-            self._configs[tgid] = watches
+            self._configs[tgid] = start, watches
             config = Config(start=start, count=len(watches))
             config.watches[: len(watches)] = watches
             try:
@@ -307,7 +311,7 @@ class Engine:
         self._set_every()
 
     def _set_every(self) -> None:
-        self.control.every = len(self._configs.get(EVERY, ())) + sum(self._sums.values())
+        self.control.every = len(self._configs.get(EVERY, (0, []))[1]) + sum(self._sums.values())
 
     # States
 

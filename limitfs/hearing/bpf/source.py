@@ -235,7 +235,7 @@ class _Armed:
         member = self._target_of(record.tgid, record.start)
         self._follow(member, _key(record), record.flips)
         self._told.pop(_key(record), None)
-        self._end(member, record.watch, record.tgid)
+        self._end(member, record.watch, record.tgid, record.start)
 
     def overran(self) -> None:
         """Tell what the ring could not: from the states, which are always true."""
@@ -255,11 +255,11 @@ class _Armed:
         for member, key in ended:
             self._told.pop((key.watch, key.tgid, key.start), None)
             self._engine.drop_state(key)
-            self._end(member, key.watch, key.tgid)
+            self._end(member, key.watch, key.tgid, key.start)
 
-    def _end(self, member: Target, watch: int, tgid: int) -> None:
+    def _end(self, member: Target, watch: int, tgid: int, start: int) -> None:
         """Of several watches for one condition, the first tells."""
-        self._engine.forget(tgid)
+        self._engine.forget(tgid, start)
         if self._watches and watch == self._watches[0].id:
             self._listener.gone(member)
 
