@@ -1,6 +1,7 @@
 """Wires the rooms together and runs them for one mount."""
 
 import logging
+import math
 import os
 import resource as rlimits
 import signal
@@ -128,11 +129,12 @@ class Daemon:
 
 
 def _whole(resource: Resource, target: Target) -> float:
+    """What 100 % is; of a collection, what it is for the thing whose parts it collects."""
     if isinstance(target, Processes):
-        target = System()  # a share of the machine is what a sum of all can be held against
+        target = System()
     if isinstance(target, Threads):
         target = target.process
-    return resource.whole(target)
+    return resource.whole(target) if target.level in resource.levels else math.inf
 
 
 async def _terminate_on_signal() -> None:

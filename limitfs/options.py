@@ -1,6 +1,7 @@
 """Mount options: `-o name[=value],…`."""
 
-from dataclasses import dataclass, fields, replace
+import os
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from limitfs.errors import Invalid
@@ -22,7 +23,7 @@ class Options:
         log: a file for the log where there is no journal.
     """
 
-    allow_other: bool = True
+    allow_other: bool = field(default_factory=lambda: os.geteuid() == 0)
     hearing: str = "auto"
     hidepid: int = 0
     max_watchers: int = 8192
@@ -46,10 +47,10 @@ class Options:
 
 
 def _known(name: str) -> str:
-    field = name.removeprefix("no") if name == "noallow_other" else name
-    if field not in (f.name for f in fields(Options)):
+    known = name.removeprefix("no") if name == "noallow_other" else name
+    if known not in (f.name for f in fields(Options)):
         raise Invalid(f"unknown mount option {name!r}", f"one of: {', '.join(f.name for f in fields(Options))}")
-    return field
+    return known
 
 
 def _value(name: str, value: str, given: bool) -> Any:

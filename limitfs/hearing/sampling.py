@@ -9,12 +9,13 @@ still heard: the mark grew past the level. That is the guarantee "peak"; a mark 
 watcher was armed can tell nothing below it, and then the guarantee is only "sampled".
 """
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator
 from typing import ClassVar
 
-from limitfs.errors import Gone
+from limitfs.errors import Gone, LimitsError, Unsupported
 from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Guarantee, Listener, Refused, Want
 from limitfs.resources import members
@@ -69,6 +70,8 @@ class Sampled:
         except Gone:
             self._listener.gone(self._want.target)
             return
+        except Unsupported:
+            period = LONGEST  # what cannot be told just now (a running thread's stack) may be told later
         self._last = now
         if self._disarmed:
             return  # the listener had enough while it was told (once)
@@ -89,10 +92,9 @@ class Sampled:
         """Tell the listener all `values`; return the period that they call for."""
         period = self._calm_period()
         for member, value in values.items():
-            try:
+            # A member that ended, or that has no limit to take a percentage of, must not silence the others.
+            with contextlib.suppress(LimitsError):
                 period = min(period, self._report_one(member, value, elapsed))
-            except Gone:
-                continue
         for member in self._values.keys() - values.keys():
             # A rate is silent until its window is full; that is not the end of its member.
             if self._want.each and not (self._want.resource.rate and member == self._want.target):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from limitfs.errors import Quota
 from limitfs.hearing.connector import Connector, ConnectorSource
 from limitfs.hearing.cputimer import CpuTimers, CpuTimerSource, block_signal
 from limitfs.hearing.deaths import Deaths
@@ -9,7 +10,7 @@ from limitfs.hearing.edges import Edges
 from limitfs.hearing.psi import PsiSource
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.sampling import PeakSource, SamplingSource
-from limitfs.hearing.source import Source
+from limitfs.hearing.source import Refused, Source
 from limitfs.hearing.taskclock import TaskClockSource
 from limitfs.resources import procfs
 from limitfs.resources.model import Process, Target, Thread, Threads
@@ -48,8 +49,14 @@ class Hearing:
 
         Raises:
             Gone: it has ended.
+            Quota: the daemon may open no more files.
         """
-        return self._deaths.watch(_process_of(target), callback).cancel
+        try:
+            return self._deaths.watch(_process_of(target), callback).cancel
+        except Refused as refusal:
+            raise Quota(
+                f"the daemon cannot follow one more process: {refusal}", "raise its RLIMIT_NOFILE"
+            ) from None
 
 
 def _process_of(target: Target) -> Process:

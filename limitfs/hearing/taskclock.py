@@ -136,7 +136,7 @@ class TaskClockSource:
 
     name: ClassVar[str] = "task-clock"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
-    cost: ClassVar[str] = "the thread's own context switches become slower (28 % of a pipe ping-pong)"
+    cost: ClassVar[str] = "the thread's own context switches become slower"
 
     def __init__(self, reactor: Reactor, edges: Edges, connector: Connector) -> None:
         self._reactor = reactor

@@ -231,6 +231,12 @@ def has_members(place: Place) -> bool:
     return members.has_members(resource, target)
 
 
+def measured(place: Place) -> bool:
+    """Whether there is one value here: a sum of stacks, say, makes no sense."""
+    target, resource = place.subject
+    return resource.summable or not isinstance(target, Collection)
+
+
 # The files of a resource
 
 
@@ -250,7 +256,7 @@ def show_limit(place: Place, house: "House", user: int) -> str:
     if isinstance(target, Collection):
         return "max\n"
     limit = resource.limit(target)
-    if limit.soft == limit.hard:
+    if limit.soft == limit.hard and (resource.rlimit is None or math.isinf(limit.soft)):
         return _limit(limit.soft, resource.unit) + "\n"
     return f"{_limit(limit.soft, resource.unit)} {_limit(limit.hard, resource.unit)}\n"
 

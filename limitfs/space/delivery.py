@@ -4,11 +4,11 @@ Every line goes to the log of its watcher and to the log of all; a user who is n
 holds only what is his: watchers that he made, and members that run as him.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container
 
 from limitfs.resources.model import Process, Processes, System, Target, Thread, Threads
-from limitfs.space.eventlog import EventLog
+from limitfs.space.eventlog import RETAINED, EventLog
 from limitfs.watching.crossing import Crossing, Record
 from limitfs.watching.watcher import Surroundings, Watcher
 
@@ -21,12 +21,14 @@ class Broadcast:
 
     def __init__(self) -> None:
         self._all = EventLog()
+        self._recent: deque[tuple[bytes, Container[int | None]]] = deque(maxlen=RETAINED)
         self._mine: dict[int, EventLog] = {}
         self._readers: Counter[int] = Counter()
 
     def append(self, line: bytes, users: Container[int | None]) -> None:
         """Add a line, for root and for these users."""
         self._all.append(line)
+        self._recent.append((line, users))
         for user, mine in self._mine.items():
             if user in users:
                 mine.append(line)
@@ -34,7 +36,14 @@ class Broadcast:
     def opened(self, user: int) -> EventLog:
         """One more open file reads what `user` may see."""
         self._readers[user] += 1
-        return self._all if user == 0 else self._mine.setdefault(user, EventLog())
+        if user == 0:
+            return self._all
+        if user not in self._mine:
+            mine = self._mine[user] = EventLog()
+            for line, users in self._recent:
+                if user in users:
+                    mine.append(line)
+        return self._mine[user]
 
     def closed(self, user: int) -> None:
         """One reader less."""

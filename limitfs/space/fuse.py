@@ -94,27 +94,31 @@ class Operations(pyfuse3.Operations):
         # Who mounted may do what root may: the daemon cannot do more than he can.
         self._masters = frozenset((0, os.geteuid()))
 
+    def _user(self, ctx: RequestContext) -> int:
+        """The caller's uid, and root's for who may do what root may."""
+        return 0 if ctx.uid in self._masters else ctx.uid
+
     # Names and attributes
 
     @_guarded
     def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         parent = self._tree.node(parent_inode)
-        self._enter(parent, ctx.uid)
+        self._enter(parent, self._user(ctx))
         if name == b".":
             node = parent
         elif name == b"..":
             node = parent.parent or parent
         else:
-            node = self._tree.lookup(parent, _text(name), ctx.uid)
-        attributes = self._attributes(node, ctx.uid)
+            node = self._tree.lookup(parent, _text(name), self._user(ctx))
+        attributes = self._attributes(node, self._user(ctx))
         node.lookups += 1
         return attributes
 
     @_guarded
     def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         node = self._tree.node(inode)
-        self._reach(node, ctx.uid)
-        return self._attributes(node, ctx.uid)
+        self._reach(node, self._user(ctx))
+        return self._attributes(node, self._user(ctx))
 
     @_guarded
     def setattr(
@@ -127,16 +131,16 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Truncation does nothing; a new mtime is how the daemon makes inotify see an event."""
         node = self._tree.node(inode)
-        with self._explained(node, ctx.uid, None):
-            self._reach(node, ctx.uid)
+        with self._explained(node, self._user(ctx), None):
+            self._reach(node, self._user(ctx))
             if fields.update_mode or fields.update_uid or fields.update_gid:
                 raise Forbidden("mode and owner are those of the target", "they follow the process")
             if fields.update_size and fh is None:
-                self._permit(node, ctx.uid, os.O_WRONLY)
-            self._own(node, ctx.uid)
+                self._permit(node, self._user(ctx), os.O_WRONLY)
+            self._own(node, self._user(ctx))
         if fields.update_mtime:
             node.mtime_ns = attr.st_mtime_ns
-        return self._attributes(node, ctx.uid)
+        return self._attributes(node, self._user(ctx))
 
     @_guarded
     def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -153,8 +157,8 @@ class Operations(pyfuse3.Operations):
     @_guarded
     def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         node = self._tree.node(inode)
-        self._reach(node, ctx.uid)
-        return self._rights(node, ctx.uid) & mode == mode
+        self._reach(node, self._user(ctx))
+        return self._rights(node, self._user(ctx)) & mode == mode
 
     def _attributes(self, node: Node, user: int) -> EntryAttributes:
         attributes = EntryAttributes()
@@ -188,7 +192,7 @@ class Operations(pyfuse3.Operations):
     def _rights(self, node: Node, user: int) -> int:
         """The rwx bits that a user has on a node."""
         mode = self._mode(node)
-        if user in self._masters:
+        if user == 0:
             # Root may do all that anybody may; what no one can write stays read-only, as in kernfs.
             return (mode | mode >> 3 | mode >> 6) & 7
         return (mode >> 6 if self._tree.owner(node) == user else mode) & 7
@@ -199,7 +203,7 @@ class Operations(pyfuse3.Operations):
         if self._rights(node, user) & wanted == wanted:
             return
         owner = self._tree.owner(node)
-        if user == owner or user in self._masters:
+        if user == owner or user == 0:
             raise Denied("this file cannot be written" if wanted & os.W_OK else "this file cannot be read")
         raise Denied(f"it belongs to user {owner}", "its owner and root may")
 
@@ -211,7 +215,7 @@ class Operations(pyfuse3.Operations):
 
     def _reach(self, node: Node, user: int) -> None:
         """The same for the way to a node: the kernel keeps names that another user looked up."""
-        while self._house.options.hidepid and user not in self._masters and node.parent is not None:
+        while self._house.options.hidepid and user != 0 and node.parent is not None:
             node = node.parent
             if not self._rights(node, user) & os.X_OK:
                 raise Denied(f"{node.place.path} is closed to user {user} (hidepid)")
@@ -225,17 +229,17 @@ class Operations(pyfuse3.Operations):
     @_guarded
     def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         node = self._tree.node(inode)
-        with self._explained(node, ctx.uid, None):
-            self._reach(node, ctx.uid)
-            self._permit(node, ctx.uid, flags)
-            self._open_files.opened(ctx.uid)
+        with self._explained(node, self._user(ctx), None):
+            self._reach(node, self._user(ctx))
+            self._permit(node, self._user(ctx), flags)
+            self._open_files.opened(self._user(ctx))
             try:
-                opened = open_file(node, self._house, ctx.uid)
+                opened = open_file(node, self._house, self._user(ctx))
             except BaseException:
-                self._open_files.closed(ctx.uid)
+                self._open_files.closed(self._user(ctx))
                 raise
         handle = self._handle()
-        self._files[handle] = opened, node, ctx.uid
+        self._files[handle] = opened, node, self._user(ctx)
         # Direct I/O: sizes are not known before the read, and no page may be served twice.
         return FileInfo(fh=FileHandleT(handle), direct_io=True, keep_cache=False)
 
@@ -274,11 +278,11 @@ class Operations(pyfuse3.Operations):
     @_guarded
     def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         node = self._tree.node(inode)
-        self._reach(node, ctx.uid)
-        if not self._rights(node, ctx.uid) & os.R_OK:
-            raise Denied(f"{node.place.path} is closed to user {ctx.uid} (hidepid)")
+        self._reach(node, self._user(ctx))
+        if not self._rights(node, self._user(ctx)) & os.R_OK:
+            raise Denied(f"{node.place.path} is closed to user {self._user(ctx)} (hidepid)")
         handle = self._handle()
-        self._listings[handle] = node, list(self._tree.names(node, ctx.uid)), ctx.uid
+        self._listings[handle] = node, list(self._tree.names(node, self._user(ctx))), self._user(ctx)
         return FileHandleT(handle)
 
     @_guarded
@@ -306,17 +310,17 @@ class Operations(pyfuse3.Operations):
     @_guarded
     def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
         parent = self._tree.node(parent_inode)
-        with self._explained(parent, ctx.uid, None, _text(name)):
+        with self._explained(parent, self._user(ctx), None, _text(name)):
             family = self._tree.maker(parent)
             if family is None or family.make is None:
                 raise Forbidden("no directory can be made here", "mkdir in a resource's directory makes a watcher")
-            self._own(parent, ctx.uid)
-            self._refuse_taken(parent, _text(name), ctx.uid)
-            family.make(parent.place, self._house, ctx.uid, _text(name))
-            self._house.last_errors.accepted(ctx.uid)
-        node = self._tree.lookup(parent, _text(name), ctx.uid)
+            self._own(parent, self._user(ctx))
+            self._refuse_taken(parent, _text(name), self._user(ctx))
+            family.make(parent.place, self._house, self._user(ctx), _text(name))
+            self._house.last_errors.accepted(self._user(ctx))
+        node = self._tree.lookup(parent, _text(name), self._user(ctx))
         node.lookups += 1
-        return self._attributes(node, ctx.uid)
+        return self._attributes(node, self._user(ctx))
 
     def _refuse_taken(self, parent: Node, name: str, user: int) -> None:
         try:
@@ -328,18 +332,18 @@ class Operations(pyfuse3.Operations):
     @_guarded
     def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         parent = self._tree.node(parent_inode)
-        with self._explained(parent, ctx.uid, None, _text(name)):
+        with self._explained(parent, self._user(ctx), None, _text(name)):
             family = self._tree.maker(parent)
-            child = self._tree.lookup(parent, _text(name), ctx.uid)
+            child = self._tree.lookup(parent, _text(name), self._user(ctx))
             if family is None or family.remove is None or child.family is not family:
                 raise Forbidden("this directory is fixed", "rmdir removes named watchers")
-            family.remove(parent.place, self._house, ctx.uid, _text(name))
+            family.remove(parent.place, self._house, self._user(ctx), _text(name))
             self._tree.cut(child)
-            self._house.last_errors.accepted(ctx.uid)
+            self._house.last_errors.accepted(self._user(ctx))
 
     def _own(self, node: Node, user: int) -> None:
         owner = self._tree.owner(node)
-        if user != owner and user not in self._masters:
+        if user != owner and user != 0:
             raise Denied(f"it belongs to user {owner}", "its owner and root may")
 
     @_guarded
@@ -361,28 +365,28 @@ class Operations(pyfuse3.Operations):
     def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        self._forbid(parent_inode, name, ctx.uid, "creating a file")
+        self._forbid(parent_inode, name, self._user(ctx), "creating a file")
         raise FUSEError(errno.EPERM)
 
     @_guarded
     def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        self._forbid(parent_inode, name, ctx.uid, "creating a file")
+        self._forbid(parent_inode, name, self._user(ctx), "creating a file")
         raise FUSEError(errno.EPERM)
 
     @_guarded
     def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        self._forbid(parent_inode, name, ctx.uid, "creating a link")
+        self._forbid(parent_inode, name, self._user(ctx), "creating a link")
         raise FUSEError(errno.EPERM)
 
     @_guarded
     def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        self._forbid(new_parent_inode, new_name, ctx.uid, "creating a link")
+        self._forbid(new_parent_inode, new_name, self._user(ctx), "creating a link")
         raise FUSEError(errno.EPERM)
 
     @_guarded
@@ -395,11 +399,11 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        self._forbid(parent_inode_old, name_old, ctx.uid, "renaming")
+        self._forbid(parent_inode_old, name_old, self._user(ctx), "renaming")
 
     @_guarded
     def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        self._forbid(parent_inode, name, ctx.uid, "removing a file")
+        self._forbid(parent_inode, name, self._user(ctx), "removing a file")
 
 
 class _Explained:

@@ -131,7 +131,9 @@ RESOURCE = Dir(
     "RESOURCE",
     "one resource of one target",
     (
-        File("usage", 0o444, "current use, read now, in the base unit", content.show_usage),
+        File(
+            "usage", 0o444, "current use, read now, in the base unit", content.show_usage, None, content.measured
+        ),
         File(
             "limit",
             0o644,
@@ -139,7 +141,7 @@ RESOURCE = Dir(
             content.show_limit,
             content.store_limit,
         ),
-        File("peak", 0o444, "the highest value known, and since when", content.show_peak),
+        File("peak", 0o444, "the highest value known, and since when", content.show_peak, None, content.measured),
         *_WATCHER_FILES,
         File(
             "top",

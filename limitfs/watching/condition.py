@@ -90,7 +90,7 @@ class Amount:
         level = limit * self.number / 100
         if not math.isfinite(level):
             raise Impossible(
-                "a percentage of a limit that is not set", "set `limit` first, or give a number without %"
+                "a percentage of a limit that is not there", "see `limit`; or give a number without %"
             )
         return level
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from limitfs.errors import LimitsError
 from limitfs.hearing.source import Armed, Want, Witness
 from limitfs.resources.model import Measured, Resource, Target
 from limitfs.resources.who import Who
@@ -162,7 +163,10 @@ class Watcher:
             alarm = self._members[member] = Alarm(self.condition)
         if not self.each:
             self.value = value
-        level, clear = self._levels(member)
+        try:
+            level, clear = self._levels(member)
+        except LimitsError:
+            return  # it ended just now, or has no limit to take a percentage of
         crossing = alarm.update(self.surroundings.now(), value, level, clear)
         self._follow_deadline(member, alarm)
         if crossing is not None:

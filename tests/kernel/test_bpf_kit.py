@@ -16,7 +16,8 @@ import pytest
 
 from kernelkit import Heard, Turned
 from limitfs.hearing.bpf import build, layout
-from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks, Witness
+from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks
+from limitfs.hearing.source import Witness
 from limitfs.resources.model import Target
 
 AnySource = TypeVar("AnySource", BpfFds, BpfRss, BpfTasks)

@@ -50,13 +50,26 @@ def test_every_excursion_counts(reactor: Turned, source: BpfTasks, helper: MakeH
 
 def test_below_is_silent_and_wakes_nobody(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
     child = helper()
-    heard = Alarmed(level=3)
-    armed = source.arm(want(THREADS, Processes(), ">= 3000", each=True), heard)
+    heard = Alarmed()
+    armed = source.arm(want(THREADS, procfs.identify(child.pid), ">= 1000"), heard)
     settle(reactor)
     child.do("for _ in range(100): threading.Thread(target=int).start()")
-    child.do("for _ in range(20): os.waitpid(os.fork() or os._exit(0), 0)")
-    assert reactor.quiet(0.2) == 0
+    quiet = reactor.quiet(0.2)
     armed.disarm()
+    assert quiet == 0
+    assert heard.values() == [1]
+
+
+def test_short_lives_below_are_silent(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    child = helper()
+    heard = Alarmed(level=3000)
+    armed = source.arm(want(THREADS, Processes(), ">= 3000", each=True), heard)
+    known = {member for member, _value in heard.readings}
+    child.do("for _ in range(100): os.waitpid(os.fork() or os._exit(0), 0)")
+    settle(reactor)
+    armed.disarm()
+    assert set(heard.ended) <= known
+    assert heard.total == 0
 
 
 def test_lives(reactor: Turned, source: BpfTasks) -> None:

@@ -1,6 +1,7 @@
 """Programs that know nothing of limitfs, while processes are born and die all the time around them."""
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PATIENCE, Helper, Mount
+from conftest import PATIENCE, Helper, Mount, poll_for
 from mountkit import Storm, private_mount, refused
 
 Make = Callable[..., Helper]
@@ -168,19 +169,15 @@ def test_lazy_umount_lets_readers_finish(tmp_path: Path, helper: Make) -> None:
 
 
 def test_a_killed_daemon_ends_its_readers(tmp_path: Path) -> None:
-    with private_mount(tmp_path) as limits, (limits / "event").open("rb", buffering=0) as file:
-        poller_ended = threading.Event()
-
-        def wait() -> None:
-            import select
-
-            poller = select.poll()
-            poller.register(file, select.POLLPRI)
-            poller.poll()
-            poller_ended.set()
-
-        threading.Thread(target=wait, daemon=True).start()
+    with private_mount(tmp_path) as limits:
+        fd = os.open(limits / "event", os.O_RDONLY)
+        woken: list[int] = []
+        poller = threading.Thread(target=lambda: woken.append(poll_for(fd)), daemon=True)
+        poller.start()
         limits.daemon.kill()
         limits.daemon.wait()
-        assert refused(file.read) in ("ENOTCONN", "ECONNABORTED")
-        assert poller_ended.wait(PATIENCE)
+        assert refused(lambda: os.read(fd, 100)) in ("ENOTCONN", "ECONNABORTED")
+        poller.join(PATIENCE)
+        assert woken[0] & select.POLLERR
+        # The kernel says it once more; the descriptor is closed all the same.
+        assert refused(lambda: os.close(fd)) in ("", "ENOTCONN", "ECONNABORTED")

@@ -337,7 +337,17 @@ class Engine:
 
     def states(self) -> list[tuple[Member, State]]:
         """Every state that there is."""
-        return [(member, self.state(member)) for member in self._states().keys(Member)]
+        return [(member, self._steady(member)) for member in self._states().keys(Member)]
+
+    def _steady(self, member: Member) -> State:
+        """A state whose value is that of its last turn: the value is written a moment earlier."""
+        state = self.state(member)
+        for _ in range(100):
+            again = self.state(member)
+            if (again.flips, again.value) == (state.flips, state.value):
+                break
+            state = again
+        return state
 
     def drop_state(self, member: Member) -> None:
         self._states().delete(member)
@@ -411,7 +421,7 @@ class Engine:
     def _drain(self) -> None:
         self._ring.drain()
         records, self._pending = self._pending, []
-        for record in records:
+        for record in _in_order(records):
             self._deliver(record)
         if self._users and self.control.dropped != self._dropped:
             self._dropped = self.control.dropped
@@ -426,6 +436,25 @@ class Engine:
         client = self._clients.get(record.watch)
         if client is not None:
             _guarded(lambda: client.ended(record) if record.what == What.GONE else client.crossed(record))
+
+
+def _in_order(records: list[Record]) -> list[Record]:
+    """Each member's turns in their order.
+
+    Two processors that turn a state one after the other may reach the ring the other way round.
+    """
+    newest: dict[tuple[int, int, int], int] = {}
+    for record in records:
+        if record.what == What.CROSSED:
+            key = record.watch, record.tgid, record.start
+            if record.flips < newest.get(key, 0):
+                return sorted(records, key=_turn)
+            newest[key] = record.flips
+    return records
+
+
+def _turn(record: Record) -> tuple[int, int, int, int, bool, int]:
+    return record.start, record.tgid, record.watch, record.flips, record.what != What.CROSSED, record.time
 
 
 def _guarded(call: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple
 
 from limitfs.errors import Gone
 from limitfs.hearing.bpf.engine import Engine, Hooks
@@ -33,7 +33,7 @@ from limitfs.hearing.bpf.layout import (
 )
 from limitfs.hearing.bpf.libbpf import BpfError, Object
 from limitfs.hearing.reactor import Reactor
-from limitfs.hearing.source import Guarantee, Listener, Refused, Want
+from limitfs.hearing.source import Guarantee, Listener, Refused, Want, Witness
 from limitfs.resources import members, procfs
 from limitfs.resources.model import Process, Processes, Resource, Target
 from limitfs.watching.condition import Amount, Condition, Op
@@ -42,47 +42,7 @@ _SEED_ATTEMPTS = 1000
 """A value that changes each time it is read is heard by its events anyway."""
 
 
-class Witness(NamedTuple):
-    """Who turned a state, as the kernel saw it at that moment; that process may have ended since.
-
-    `time_ns`: CLOCK_MONOTONIC. `uid`: the effective one.
-    """
-
-    time_ns: int
-    tid: int
-    comm: str
-    uid: int
-
-
-@runtime_checkable
-class _Attentive(Protocol):
-    """A listener that takes more than values."""
-
-    def missed(self, member: Target, alarms: int) -> None:
-        """`member` entered alarm `alarms` times of which no reading comes."""
-
-
-@runtime_checkable
-class _Curious(Protocol):
-    """A listener that wants to know who it was, before it is told the value."""
-
-    def witnessed(self, member: Target, witness: Witness) -> None: ...
-
-
-def tell_missed(listener: Listener, member: Target, count: int) -> None:
-    """Alarms that no reading tells of."""
-    if count > 0 and isinstance(listener, _Attentive):
-        listener.missed(member, count)
-
-
-def tell_witness(listener: Listener, member: Target, record: Record) -> None:
-    """Who made the value that is told next."""
-    if record.tid and isinstance(listener, _Curious):
-        listener.witnessed(member, witness_of(record))
-
-
-def witness_of(record: Record) -> Witness:
-    """What a record tells besides the value."""
+def _witness(record: Record) -> Witness:
     return Witness(record.time, record.tid, record.comm.decode("utf-8", "surrogateescape"), record.uid)
 
 
@@ -191,6 +151,7 @@ class _Armed:
         self._scale = scale
         self._watches: list[Watch] = []
         self._told: dict[tuple[int, int, int], int] = {}
+        self._skipped = 0
         self._armed = False
 
     def disarm(self) -> None:
@@ -225,10 +186,11 @@ class _Armed:
     def crossed(self, record: Record) -> None:
         """A state turned."""
         member = self._target_of(record.tgid, record.start)
-        skipped = self._follow(member, _key(record), record.flips)
-        if skipped is not None:
-            tell_witness(self._listener, member, record)
-            self._listener.reading(member, float(record.value * self._scale.unit))
+        if not self._follow(member, _key(record), record.flips):
+            return
+        if record.tid:
+            self._listener.witnessed(member, _witness(record))
+        self._tell(member, record.value, record.flips)
 
     def ended(self, record: Record) -> None:
         """The process of a member ended."""
@@ -239,23 +201,31 @@ class _Armed:
 
     def overran(self) -> None:
         """Tell what the ring could not: from the states, which are always true."""
-        lost, readings, ended = 0, [], []
+        readings, ended = [], []
         for key, state in self._my_states():
             member = self._target_of(key.tgid, key.start)
-            skipped = self._follow(member, (key.watch, key.tgid, key.start), state.flips)
-            if skipped is not None:
-                lost += skipped + 1
-                readings.append((member, state.value))
+            if self._follow(member, (key.watch, key.tgid, key.start), state.flips):
+                self._skipped += 1  # the last one too came without details
+                readings.append((member, state.value, state.flips))
             if state.gone:
                 ended.append((member, key))
-        if lost or ended:
-            self._listener.lost(lost + len(ended))
-        for member, value in readings:
-            self._listener.reading(member, float(value * self._scale.unit))
+        lost, self._skipped = self._skipped + len(ended), 0
+        if lost:
+            self._listener.lost(lost)
+        for member, value, flips in readings:
+            self._tell(member, value, flips)
         for member, key in ended:
             self._told.pop((key.watch, key.tgid, key.start), None)
             self._engine.drop_state(key)
             self._end(member, key.watch, key.tgid, key.start)
+
+    def _tell(self, member: Target, value: int, flips: int) -> None:
+        try:
+            self._listener.reading(member, float(value * self._scale.unit))
+        except Gone:
+            # It ended before its limit could be read for the line: the alarm counts all the same.
+            if flips & 1 and self._counts_alarms():
+                self._listener.missed(member, 1)
 
     def _end(self, member: Target, watch: int, tgid: int, start: int) -> None:
         """Of several watches for one condition, the first tells."""
@@ -263,21 +233,22 @@ class _Armed:
         if self._watches and watch == self._watches[0].id:
             self._listener.gone(member)
 
-    def _follow(self, member: Target, key: tuple[int, int, int], flips: int) -> int | None:
-        """Note where a state is now; count the alarms between that were not told.
-
-        Returns:
-            How many turns were skipped; None where this is no news.
-        """
+    def _follow(self, member: Target, key: tuple[int, int, int], flips: int) -> bool:
+        """Note where a state is now, and count the alarms between that were not told; False: that is no news."""
         before = self._told.get(key, 0)
         if flips <= before:
-            return None
+            return False
         self._told[key] = flips
-        # With `for`, whether it was an alarm is decided elsewhere; with `change` there are none.
-        if self._want.condition.hold is None and self._want.condition.op is not Op.CHANGE:
-            heard = 1 if flips & 1 and not before & 1 else 0
-            tell_missed(self._listener, member, alarms(flips) - alarms(before) - heard)
-        return flips - before - 1
+        self._skipped += flips - before - 1
+        heard = 1 if flips & 1 and not before & 1 else 0
+        missed = alarms(flips) - alarms(before) - heard
+        if missed and self._counts_alarms():
+            self._listener.missed(member, missed)
+        return True
+
+    def _counts_alarms(self) -> bool:
+        """With `for`, whether it was an alarm is decided elsewhere; with `change` there are none."""
+        return self._want.condition.hold is None and self._want.condition.op is not Op.CHANGE
 
     def _my_states(self) -> Iterator[tuple[Member, State]]:
         ids = {watch.id for watch in self._watches}
@@ -657,7 +628,7 @@ class BpfTasks(_BpfSource):
 
 def _birth(record: Record) -> Birth:
     process = Process(record.tgid, record.start)
-    witness = witness_of(record)
+    witness = _witness(record)
     kind = record.what
     if kind == What.FORK:
         return Birth("fork", process, witness, parent=record.value)

@@ -1,0 +1,115 @@
+"""The mounted tree is the declared one: no name too few, none too many."""
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from conftest import Helper, Mount
+from limitfs.resources import RESOURCES
+from limitfs.resources.model import Level, Resource
+from limitfs.space.table import ROOT, WATCHER, Dir, Link, walk
+
+Make = Callable[..., Helper]
+
+LEVELS: dict[str, Level] = {
+    "system": Level.SYSTEM,
+    "process": Level.PROCESS,
+    "process/PID": Level.PROCESS,
+    "process/PID/thread": Level.THREAD,
+    "process/PID/thread/TID": Level.THREAD,
+}
+BELOW = {
+    "system": Level.PROCESS,
+    "process": Level.PROCESS,
+    "process/PID": Level.THREAD,
+    "process/PID/thread": Level.THREAD,
+}
+
+
+def measured(level: Level) -> list[Resource]:
+    return [resource for resource in RESOURCES.values() if level in resource.levels]
+
+
+def paths(declared: str, pid: int) -> Iterable[str]:
+    """What a declared path stands for, on a process with one thread: (path, whether it must exist)."""
+    place = declared.replace("PID", str(pid)).replace("TID", str(pid))
+    before, found, after = place.partition("RESOURCE")
+    if not found:
+        yield place
+        return
+    level = LEVELS[declared.partition("/RESOURCE")[0]]
+    for resource in measured(level):
+        yield f"{before}{resource.name}{after}"
+
+
+DECLARED = list(walk())
+
+
+@pytest.mark.parametrize("declared", [path for path, _entry in DECLARED if "NAME" not in path])
+def test_what_is_declared_exists(limits: Mount, helper: Make, declared: str) -> None:
+    pid = helper().pid
+    entry = dict(DECLARED)[declared]
+    for path in paths(declared, pid):
+        name = path.rpartition("/")[2]
+        if name in ("mode", "top") and "RESOURCE" in declared:
+            place = declared.partition("/RESOURCE")[0]
+            resource = RESOURCES[path.split("/")[-2]]
+            assert (limits / path).exists() == (BELOW.get(place) in resource.levels)
+            if not (limits / path).exists():
+                continue
+        about = (limits / path).lstat()
+        kind = stat.S_ISDIR if isinstance(entry, Dir) else stat.S_ISLNK if isinstance(entry, Link) else stat.S_ISREG
+        assert kind(about.st_mode)
+        assert stat.S_IMODE(about.st_mode) == entry.mode
+        assert name in os.listdir((limits / path).parent)
+
+
+def test_a_watchers_files(limits: Mount, helper: Make) -> None:
+    for directory in (f"process/{helper().pid}/memory", "system/memory", "process/fds"):
+        os.mkdir(limits / directory / "warn")
+        try:
+            names = set(os.listdir(limits / directory / "warn"))
+            mode = {"mode"} if (limits / directory / "mode").exists() else set()
+            assert names == {entry.name for entry in WATCHER.entries} - {"mode"} | mode
+        finally:
+            os.rmdir(limits / directory / "warn")
+
+
+def test_nothing_else_is_there(limits: Mount, helper: Make) -> None:
+    pid = helper().pid
+    expected = {
+        "": {entry.name for entry in ROOT.entries},
+        "system": {resource.name for resource in measured(Level.SYSTEM)},
+        f"process/{pid}": {resource.name for resource in measured(Level.PROCESS)} | {"thread"},
+        f"process/{pid}/thread/{pid}": {resource.name for resource in measured(Level.THREAD)},
+        f"process/{pid}/thread": {resource.name for resource in measured(Level.THREAD)} | {str(pid)},
+    }
+    for directory, names in expected.items():
+        assert set(os.listdir(limits / directory)) == names
+    fixed = {name for name in os.listdir(limits / "process") if not name.isdecimal()}
+    assert fixed == {resource.name for resource in measured(Level.PROCESS)} | {"self"}
+
+
+def test_inode_numbers_are_one_each(limits: Mount, helper: Make) -> None:
+    root = limits / f"process/{helper().pid}"
+    found: dict[int, Path] = {}
+    for directory, names, files in os.walk(root):
+        for name in names + files:
+            path = Path(directory) / name
+            assert found.setdefault(path.stat().st_ino, path) == path
+
+
+def test_every_file_that_can_be_read_says_something(limits: Mount, helper: Make) -> None:
+    child = helper()
+    for path in (limits / f"process/{child.pid}").rglob("*"):
+        if path.is_file() and path.name not in ("event", "top"):
+            try:
+                text = path.read_text()
+            except OSError as error:
+                # The stack in use cannot be told of a thread that runs.
+                assert "stack" in path.parts, (path, error)
+            else:
+                assert text.endswith("\n")
