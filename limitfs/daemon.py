@@ -125,6 +125,7 @@ class Daemon:
                 watcher.end()
             except (OSError, LimitsError):
                 log.exception("disarming %s", watcher.path)
+        self.hearing.close()
         self.reactor.close()
 
 

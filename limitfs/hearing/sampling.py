@@ -19,7 +19,7 @@ from limitfs.errors import Gone, LimitsError, Unsupported
 from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Guarantee, Listener, Refused, Want
 from limitfs.resources import members
-from limitfs.resources.model import Collection, Measured, Process, Resource, Target
+from limitfs.resources.model import Measured, Process, Processes, Resource, Target
 
 SHORTEST = 0.1
 """Seconds; a level that is about to be reached is looked at this often."""
@@ -147,8 +147,7 @@ class Sampled:
     def _rates(self, now: float) -> Iterator[tuple[Target, float]]:
         """Percent over the window that ends now, of each member or of all together."""
         want, window = self._want, self._window()
-        target = members.collection(want.target) if want.each else want.target
-        counters = members.counters(want.resource, target)
+        counters = members.counters(want.resource, want.target)
         marks = self._marks
         marks.append((now, counters))
         while len(marks) > 2 and marks[1][0] <= now - window:
@@ -203,8 +202,7 @@ class PeakSource(SamplingSource):
     def hears(self, resource: Resource, target: Target, each: bool) -> bool:
         """Processes, one or each, where the resource has a mark; a sum has none."""
         kept = type(resource).peak is not Resource.peak
-        single = each or not isinstance(target, Collection)
-        return kept and single and (isinstance(target, Process) != each)
+        return kept and isinstance(target, Processes if each else Process)
 
     def arm(self, want: Want, listener: Listener) -> Sampled:
         """As `SamplingSource.arm`; a condition that looks for low values or any change has no use of marks.

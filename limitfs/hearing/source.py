@@ -28,7 +28,7 @@ class Want:
 
     Attributes:
         resource: what is measured.
-        target: on what.
+        target: on what; with `each`, a collection.
         each: True: every member of `target` separately, present and future; False: `target` as one total.
         condition: when it is of interest.
         levels: (level, clear) of the condition for one member, in the base unit; asked again whenever the

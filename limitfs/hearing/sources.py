@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from limitfs.errors import Quota
+from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks
 from limitfs.hearing.connector import Connector, ConnectorSource
 from limitfs.hearing.cputimer import CpuTimers, CpuTimerSource, block_signal
 from limitfs.hearing.deaths import Deaths
@@ -30,7 +31,10 @@ class Hearing:
         self.edges = Edges(reactor)
         self.connector = Connector(reactor)
         timers = CpuTimers(reactor)
+        self.tasks = BpfTasks(reactor)
+        self._hooks = (BpfFds(reactor), BpfRss(reactor), self.tasks)
         self.sources: tuple[Source, ...] = (
+            *self._hooks,
             CpuTimerSource(reactor, timers, self._deaths, self.connector),
             TaskClockSource(reactor, self.edges, self.connector),
             PsiSource(reactor, self.edges),
@@ -43,6 +47,11 @@ class Hearing:
     def prepare() -> None:
         """What must be done before any thread starts."""
         block_signal()
+
+    def close(self) -> None:
+        """Unload the kernel's hooks; everything must be disarmed."""
+        for hooks in self._hooks:
+            hooks.close()
 
     def watch_death(self, target: Target, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` when the process that `target` is part of has ended; returns what cancels that.

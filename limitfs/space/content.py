@@ -457,7 +457,7 @@ def show_features(place: Place, house: "House", user: int) -> str:
                 continue
             source = next(house.registry.choices(resource, target, mode == "each", house.registry.hearing))
             rows.append("\t".join((resource.name, level, mode, source.name, source.guarantee, source.cost)))
-    missing = [f"# {name}: {why}" for name, why in house.registry.missing.items() if why is not None]
+    missing = [f"# {name}: {why}" for name, why in house.registry.missing.items()]
     return "\n".join(rows + missing) + "\n"
 
 

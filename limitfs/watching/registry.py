@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from limitfs.errors import Invalid, Quota, Unsupported
 from limitfs.hearing.source import Armed, Guarantee, Refused, Source
+from limitfs.resources.members import collection
 from limitfs.resources.model import Processes, Resource, System, Target, Threads
 from limitfs.watching.condition import Condition
 from limitfs.watching.watcher import PRIVATE, Emit, Surroundings, Watcher
@@ -43,8 +44,9 @@ class Registry:
         hearing: str = "auto",
     ) -> None:
         # Found out once, by trying, when the mount begins.
-        self.missing = {source.name: source.missing() for source in sources}
-        self.sources = [source for source in sources if self.missing[source.name] is None]
+        tried = [(source, source.missing()) for source in sources]
+        self.missing = {source.name: why for source, why in tried if why is not None}
+        self.sources = [source for source, why in tried if why is None]
         self.surroundings = surroundings
         self.quota = quota
         self.hearing = hearing
@@ -182,9 +184,10 @@ class Registry:
 
     def choices(self, resource: Resource, target: Target, each: bool, hearing: str) -> Iterator[Source]:
         """The sources that hear this, best first; who declined hooks gets none that is exact."""
+        heard = collection(target) if each else target
         for source in self.sources:
             declined = hearing == "sampled" and source.guarantee is Guarantee.EXACT
-            if not declined and source.hears(resource, target, each):
+            if not declined and source.hears(resource, heard, each):
                 yield source
 
     # Ending

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from limitfs.errors import LimitsError
 from limitfs.hearing.source import Armed, Want, Witness
+from limitfs.resources.members import collection
 from limitfs.resources.model import Measured, Resource, Target
 from limitfs.resources.who import Who
 from limitfs.watching.alarm import Alarm, State
@@ -92,6 +93,8 @@ class Watcher:
         """Start afresh with `condition`: all members clear, counters at zero."""
         self.end()
         self.condition = condition
+        # The last line names it, when nobody can be asked any more.
+        self._known[self.target] = self.surroundings.describe(self.target)
         self.alarms = self.lost_lines = 0
         self.since = self.surroundings.wall()
 
@@ -119,7 +122,12 @@ class Watcher:
     def want(self) -> Want:
         """What a source is to hear for this watcher."""
         assert self.condition is not None
-        return Want(self.resource, self.target, self.each, self.condition, self.levels)
+        return Want(self.resource, self.heard, self.each, self.condition, self.levels)
+
+    @property
+    def heard(self) -> Target:
+        """What sources are asked about: the target, or the collection of its members."""
+        return collection(self.target) if self.each else self.target
 
     def levels(self, member: Measured) -> tuple[float, float]:
         """(level, clear) for one member, from its limit as it is now where the condition is in percent of it."""
@@ -180,10 +188,11 @@ class Watcher:
         known = self._known.pop(member, None)
         if self.ended or self.condition is None:
             return
-        if member != self.target and (alarm is None or alarm.state is not State.ALARM):
+        ended = member in (self.target, self.heard)
+        if not ended and (alarm is None or alarm.state is not State.ALARM):
             return
         self._emit(Crossing.GONE, member, alarm.value if alarm else None, known)
-        if member == self.target:
+        if ended:
             self.ended = True
             self.finished(self)
 

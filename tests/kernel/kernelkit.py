@@ -9,7 +9,7 @@ from typing import Any
 
 from limitfs.hearing.cputimer import block_signal
 from limitfs.hearing.reactor import Reactor
-from limitfs.hearing.source import Want
+from limitfs.hearing.source import Want, Witness
 from limitfs.resources.model import Measured, Resource, Target
 from limitfs.watching.condition import parse
 
@@ -33,6 +33,13 @@ class Heard:
 
     def gone(self, member: Target) -> None:
         self.ended.append(member)
+
+    def witnessed(self, member: Target, witness: Witness) -> None:
+        """Of no interest here."""
+
+    def missed(self, member: Target, alarms: int) -> None:
+        """None of these sources says that."""
+        raise AssertionError((member, alarms))
 
     def lost(self, count: int) -> None:
         self.losses += count

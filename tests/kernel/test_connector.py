@@ -218,8 +218,13 @@ def test_what_was_lost_is_told_after_what_was_not(
     losses = [at for at, e in enumerate(events) if isinstance(e, Lost)]
     assert losses == [len(events) - 1]
     assert len(events) > 1
-    (after,) = fork_and_end(1)
-    reactor.until(lambda: any(isinstance(e, Exit) and e.pid == after for e in events))
+
+    def hears_again() -> bool:
+        (after,) = fork_and_end(1)
+        reactor.pump(0.1)
+        return any(isinstance(e, Exit) and e.pid == after for e in events)
+
+    reactor.until(hears_again)
     subscription.close()
 
 

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from conftest import NOBODY, PATIENCE, Mount, lines_of, mounted
 from inotify_simple import INotify, flags
+
+from conftest import NOBODY, PATIENCE, Mount, lines_of, mounted
 
 Lines = list[dict[str, str]]
 
@@ -102,8 +103,7 @@ def refused(call: Callable[[], object]) -> str:
     try:
         call()
     except OSError as error:
-        assert error.errno is not None
-        return errno.errorcode[error.errno].replace("ENOTSUP", "EOPNOTSUPP")
+        return errno.errorcode[error.errno or 0].replace("ENOTSUP", "EOPNOTSUPP")
     return ""
 
 
@@ -169,7 +169,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     def run(number: int) -> None:
         try:
             work(number)
-        except BaseException as failure:  # noqa: BLE001
+        except BaseException as failure:
             failures.append(failure)
 
     threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]

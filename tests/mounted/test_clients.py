@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mountkit import Storm, private_mount, refused
 
 from conftest import PATIENCE, Helper, Mount, poll_for
-from mountkit import Storm, private_mount, refused
 
 Make = Callable[..., Helper]
 

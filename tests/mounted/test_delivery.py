@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mountkit import Lines, Watching, crossings, events, in_threads, other, private_mount, refused
 
 from conftest import NOBODY, PATIENCE, Helper, Mount, lines_of, poll_for
 from limitfs.hearing.connector import missing as connector_missing
 from limitfs.space.eventlog import RETAINED
-from mountkit import Lines, Watching, crossings, events, in_threads, other, private_mount, refused
 
 Make = Callable[..., Helper]
 
@@ -23,12 +23,12 @@ QUIET = 0.5
 
 
 @pytest.fixture
-def fds(limits: Mount, helper: Make) -> Iterator[tuple[Helper, Path]]:
+def fds(limits: Mount, helper: Make) -> tuple[Helper, Path]:
     """A process and its fds/, armed; opening two files more rings."""
     child = helper()
     path = limits / f"process/{child.pid}/fds"
     (path / "threshold").write_text(str(child.fds() + 2))
-    yield child, path
+    return child, path
 
 
 def rewound(fd: int) -> Lines:
@@ -363,7 +363,11 @@ def test_gone_hangs_up_every_reader_and_leaves_the_lines(fds: tuple[Helper, Path
     child, path = fds
     os.mkdir(path / "warn")
     (path / "warn/threshold").write_text("1000")
-    with opened(path / "event") as own, opened(path / "warn/event") as named, opened(path / "event", os.O_RDWR) as mine:
+    with (
+        opened(path / "event") as own,
+        opened(path / "warn/event") as named,
+        opened(path / "event", os.O_RDWR) as mine,
+    ):
         os.write(mine, b">= 1")
         child.open_files(2)
         assert poll_for(own)
@@ -397,7 +401,10 @@ def test_rmdir_hangs_up(fds: tuple[Helper, Path]) -> None:
 def test_the_root_event_gives_each_user_his_own(tmp_path: Path, helper: Make) -> None:
     mine, his = helper(), helper(uid=NOBODY)
     with private_mount(tmp_path) as limits, other() as nobody, opened(limits / "event") as fd:
-        nobody.ask(f"globals().update(fd=os.open('{limits / 'event'}', os.O_RDONLY), p=select.poll()) or p.register(fd, 2)")
+        nobody.ask(
+            f"globals().update(fd=os.open('{limits / 'event'}', os.O_RDONLY), p=select.poll())"
+            " or p.register(fd, select.POLLPRI)"
+        )
         limits.write(f"process/{mine.pid}/fds/threshold", ">= 1")
         assert poll_for(fd)
         assert nobody.ask(f"p.poll({int(QUIET * 1000)})") == []
@@ -431,7 +438,7 @@ def test_births(limits: Mount) -> None:
         while "exit" not in [line["birth"] for line in found]:
             assert poll_for(fd)
             found = [line for line in rewound(fd) if line["pid"] == str(child.pid)]
-    assert [line["birth"] for line in found][0] == "fork"
+    assert found[0]["birth"] == "fork"
     assert "exec" in [line["birth"] for line in found]
     assert found[-1]["status"] == "3"
 
@@ -510,14 +517,23 @@ def test_pressure_wakes(limits: Mount) -> None:
 # Clients that die
 
 
+PRELUDE = """
+import os, select, sys, time
+def arm(condition):
+    fd = os.open(sys.argv[1] + "/event", os.O_RDWR)
+    os.write(fd, condition)
+    return fd
+"""
+
+
 @pytest.mark.parametrize(
     "program",
     [
         "f = open(sys.argv[1] + '/event'); p = select.poll(); p.register(f, 2); print(flush=True); p.poll()",
         "f = open(sys.argv[1] + '/usage'); print(flush=True)\nwhile True: f.seek(0); f.read()",
         "print(flush=True)\nwhile True: os.listdir(sys.argv[1] + '/../..')",
-        "fd = os.open(sys.argv[1] + '/event', os.O_RDWR); os.write(fd, b'9000'); print(flush=True); time.sleep(1000)",
-        "print(flush=True)\nwhile True:\n fd = os.open(sys.argv[1] + '/event', os.O_RDWR); os.write(fd, b'>= 1'); os.close(fd)",
+        "fd = arm(b'9000'); print(flush=True); time.sleep(1000)",
+        "print(flush=True)\nwhile True: os.close(arm(b'>= 1'))",
     ],
     ids=["poll", "read", "readdir", "private", "arm"],
 )
@@ -525,9 +541,7 @@ def test_a_killed_client_leaves_nothing(limits: Mount, helper: Make, program: st
     path = limits / f"process/{helper().pid}/fds"
     armed = limits.state("state")["armed"]
     clients = [
-        subprocess.Popen(
-            ["python3", "-S", "-c", "import os, select, sys, time\n" + program, path], stdout=subprocess.PIPE
-        )
+        subprocess.Popen(["python3", "-S", "-c", PRELUDE + program, path], stdout=subprocess.PIPE)
         for _ in range(5)
     ]
     for client in clients:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mountkit import Other, other, private_mount, refused
 
 from conftest import NOBODY, Helper, Mount
-from mountkit import Other, other, private_mount, refused
 
 Make = Callable[..., Helper]
 
@@ -45,7 +45,7 @@ def explained(limits: Mount, call: Callable[[], object], errno: str, *words: str
 def test_einval(limits: Mount, helper: Make, text: str, wrong: str) -> None:
     path = f"process/{helper().pid}/fds/threshold"
     line = explained(limits, lambda: limits.write(path, text), "EINVAL", f"{path}:", wrong, ";")
-    assert line.startswith(f"{path}: {ascii(text.strip())} ")
+    assert line.startswith(f"{path}: {text.strip()!a} ")
     assert limits.read(path) == "off\n"
 
 
@@ -91,7 +91,9 @@ def test_erange(limits: Mount, helper: Make, text: str) -> None:
 
 def test_erange_of_a_limit(limits: Mount, helper: Make) -> None:
     path = f"process/{helper().pid}/fds/limit"
-    explained(limits, lambda: limits.write(path, "200 100"), "ERANGE", "soft limit 200 is above the hard limit 100")
+    explained(
+        limits, lambda: limits.write(path, "200 100"), "ERANGE", "soft limit 200 is above the hard limit 100"
+    )
 
 
 def test_eopnotsupp(limits: Mount, helper: Make) -> None:
@@ -244,7 +246,15 @@ def test_eperm(limits: Mount, helper: Make, name: str) -> None:
 
 
 def test_enoent(limits: Mount) -> None:
-    for name in ("nothing", "process/0", "process/4194999", "process/01", "process/-1", "system/stack", "process/x"):
+    for name in (
+        "nothing",
+        "process/0",
+        "process/4194999",
+        "process/01",
+        "process/-1",
+        "system/stack",
+        "process/x",
+    ):
         assert refused(lambda name=name: os.stat(limits / name)) == "ENOENT"
     # An odd name in a path is no way to forge a line or to break one.
     assert refused(lambda: os.mkdir(limits / "a\nok\udcff")) == "EPERM"
@@ -323,7 +333,8 @@ def test_what_stands_around_a_command_is_dropped(limits: Mount, helper: Make, da
 
 @pytest.mark.parametrize(
     "line", ["echo 700 > $T", "echo 700 >> $T", "echo -n 700 > $T", "printf 700 >> $T", "echo 700 | tee $T",
-             "echo 700 | dd of=$T status=none", "cp /dev/stdin $T <<< 700", "exec 3<>$T; echo 700 >&3; echo 700 >&3"]
+             "echo 700 | dd of=$T status=none", "cp /dev/stdin $T <<< 700",
+             "exec 3<>$T; echo 700 >&3; echo 700 >&3"]
 )  # fmt: skip
 def test_a_shells_ways_to_write(limits: Mount, helper: Make, line: str) -> None:
     path = limits / f"process/{helper().pid}/fds/threshold"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyfuse3
 import pytest
+from mountkit import Watching, in_threads, refused
 
 from conftest import PATIENCE, Helper, Mount, poll_for
-from mountkit import Watching, in_threads, refused
 
 Make = Callable[..., Helper]
 
@@ -96,7 +96,8 @@ def test_4_a_read_never_waits(limits: Mount, helper: Make) -> None:
 
 def test_4_a_poller_can_be_killed(limits: Mount, helper: Make) -> None:
     path = limits / f"process/{helper().pid}/fds/event"
-    code = "import select, sys; f = open(sys.argv[1]); p = select.poll(); p.register(f, 2); print(flush=True); p.poll()"
+    code = "import select, sys; f = open(sys.argv[1]); p = select.poll(); p.register(f, select.POLLPRI)"
+    code += "; print(flush=True); p.poll()"
     with subprocess.Popen(["python3", "-S", "-c", code, path], stdout=subprocess.PIPE) as client:
         assert client.stdout is not None
         client.stdout.readline()

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mountkit import Other, other, private_mount, refused
 
 from conftest import NOBODY, Helper, Mount, lines_of
-from mountkit import Other, other, private_mount, refused
 
 Make = Callable[..., Helper]
 

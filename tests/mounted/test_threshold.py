@@ -177,14 +177,14 @@ def test_each_names_the_member_and_takes_in_the_newborn(limits: Mount, helper: M
         assert limits.read("process/fds/mode") == "[each] sum\n"
         born_later = helper()
         born_later.open_files(160)
-        limits.wait_for(
-            lambda: any(line["pid"] == str(born_later.pid) for line in events(limits, "process/fds"))
-        )
+        limits.wait_for(lambda: any(line["pid"] == str(born_later.pid) for line in events(limits, "process/fds")))
         assert f"member {born_later.pid}" in limits.read("process/fds/state")
         born_later.end()
         limits.wait_for(
-            lambda: ("gone", str(born_later.pid))
-            in [(line["crossing"], line["pid"]) for line in events(limits, "process/fds")]
+            lambda: (
+                ("gone", str(born_later.pid))
+                in [(line["crossing"], line["pid"]) for line in events(limits, "process/fds")]
+            )
         )
     finally:
         limits.write("process/fds/threshold", "off")
@@ -223,16 +223,16 @@ def test_cpu_over_a_window(limits: Mount, helper: Make) -> None:
 
 def test_thread_cputime(limits: Mount, helper: Make) -> None:
     child = helper("go, stay = threading.Event(), threading.Event()\nids = []")
-    child.do("work = lambda: (ids.append(threading.get_native_id()), go.wait(), sum(range(30_000_000)), stay.wait())")
+    child.do(
+        "work = lambda: (ids.append(threading.get_native_id()), go.wait(), sum(range(30_000_000)), stay.wait())"
+    )
     child.do("workers = [threading.Thread(target=work, daemon=True) for _ in range(2)]")
     child.do("[w.start() for w in workers]")
     tids = [t for t in os.listdir(f"/proc/{child.pid}/task") if int(t) != child.pid]
     for tid in tids:
         limits.write(f"process/{child.pid}/thread/{tid}/cputime/threshold", "50ms")
     child.do("go.set()")
-    limits.wait_for(
-        lambda: all(events(limits, f"process/{child.pid}/thread/{tid}/cputime") for tid in tids)
-    )
+    limits.wait_for(lambda: all(events(limits, f"process/{child.pid}/thread/{tid}/cputime") for tid in tids))
     line = events(limits, f"process/{child.pid}/thread/{tids[0]}/cputime")[0]
     assert line["tid"] == tids[0]
 

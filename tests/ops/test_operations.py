@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pyfuse3
 import pytest
+from opskit import Caller, Fields, Kernel, Listing, Waker, house, refused
 
 from conftest import NOBODY, Helper
 from limitfs.errors import Gone
@@ -16,7 +17,6 @@ from limitfs.resources import procfs
 from limitfs.resources.model import Process
 from limitfs.space import content
 from limitfs.space.tree import ROOT_INODE
-from opskit import Caller, Fields, Kernel, Listing, Waker, house, refused
 
 Make = Callable[..., Helper]
 
@@ -122,7 +122,9 @@ async def test_a_watcher_removed_and_made_again_is_another_inode(kernel: Kernel)
 # Whatever is raised
 
 
-@pytest.mark.parametrize("error", [RuntimeError("odd"), KeyError(1), OSError(5, "x"), RecursionError(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("odd"), KeyError(1), OSError(5, "x"), RecursionError(), MemoryError()]
+)
 async def test_an_exception_is_eio_and_told_in_the_log(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
@@ -185,11 +187,14 @@ async def test_no_handler_of_the_kernel_is_left_out() -> None:
     left_out = {
         name
         for name in vars(pyfuse3.Operations)
-        if callable(getattr(pyfuse3.Operations, name)) and name not in vars(Operations) and not name.startswith("_")
+        if callable(getattr(pyfuse3.Operations, name))
+        and name not in vars(Operations)
+        and not name.startswith("_")
     }
     # The kernel has an answer of its own to these: no extended attributes, nothing to write back.
     assert left_out <= {
-        "init", "stacktrace", "fsync", "fsyncdir", "flush", "setxattr", "getxattr", "listxattr", "removexattr", "ioctl",
+        "init", "stacktrace", "fsync", "fsyncdir", "flush",
+        "setxattr", "getxattr", "listxattr", "removexattr", "ioctl",
     }  # fmt: skip
 
 
@@ -261,7 +266,9 @@ async def test_a_handle_per_open_file(kernel: Kernel) -> None:
         await kernel.ops.release(handle)
 
 
-async def test_a_text_is_made_at_offset_0_and_then_read_on(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_text_is_made_at_offset_0_and_then_read_on(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handle = await kernel.open("README")
     first = await kernel.ops.read(handle, 0, 5)
     monkeypatch.setattr(content, "files", None)  # from here on it could not be made any more
@@ -294,9 +301,10 @@ async def test_a_touch_sets_the_time_and_nothing_else(kernel: Kernel) -> None:
     after = await kernel.ops.setattr(before.st_ino, wanted, Fields(update_mtime=True), None, Caller())
     assert after.st_mtime_ns == wanted.st_mtime_ns
     assert after.st_mode == before.st_mode
-    assert await refused(
-        kernel.ops.setattr(before.st_ino, wanted, Fields(update_mtime=True), None, Caller(NOBODY))
-    ) == errno.errorcode[errno.EACCES]
+    assert (
+        await refused(kernel.ops.setattr(before.st_ino, wanted, Fields(update_mtime=True), None, Caller(NOBODY)))
+        == errno.errorcode[errno.EACCES]
+    )
     for fields in (Fields(update_mode=True), Fields(update_uid=True), Fields(update_gid=True)):
         assert await refused(kernel.ops.setattr(before.st_ino, wanted, fields, None, Caller())) == "EPERM"
 

@@ -19,6 +19,7 @@
 
 /* Other processors may turn a state between measuring and turning. */
 #define ROUNDS 64
+#define SHARE_ROUNDS 4
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -324,6 +325,7 @@ static long add_up(__u32 kind, struct judging *j)
 	struct member m = { .watch = kind, .tgid = j->subject.member.tgid, .start = j->subject.member.start };
 	__s64 value, before, zero = 0;
 	__s64 *share;
+	int i;
 
 	if (!(control.sums & (1U << (kind & 31))))
 		return 0;
@@ -336,9 +338,14 @@ static long add_up(__u32 kind, struct judging *j)
 	}
 	if (!share)
 		return 0;
-	value = j->gone ? 0 : measure(j->task, kind);
-	before = __sync_lock_test_and_set(share, value);
-	__sync_fetch_and_add(&control.total[kind & (LIMITFS_KINDS - 1)], value - before);
+	/* Again where it changed: another processor may have put in a newer value meanwhile. */
+	for (i = 0; i < SHARE_ROUNDS; i++) {
+		value = j->gone ? 0 : measure(j->task, kind);
+		before = __sync_lock_test_and_set(share, value);
+		if (before == value)
+			break;
+		__sync_fetch_and_add(&control.total[kind & (LIMITFS_KINDS - 1)], value - before);
+	}
 	if (j->gone)
 		bpf_map_delete_elem(&shares, &m);
 	return 0;

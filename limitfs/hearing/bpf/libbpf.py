@@ -232,6 +232,7 @@ class Object:
         if not self._object:
             raise _error(f"cannot open {path}")
         self._programs = dict(self._find_programs())
+        self._maps: dict[str, Map] = {}
 
     def close(self) -> None:
         """Unload; links and rings must be gone before."""
@@ -277,7 +278,9 @@ class Object:
 
     def map(self, name: str) -> Map:
         """The map `name` of a loaded object."""
-        return Map(self.map_fd(name))
+        if name not in self._maps:
+            self._maps[name] = Map(self.map_fd(name))
+        return self._maps[name]
 
     def map_fd(self, name: str) -> int:
         """The descriptor of the map `name`; the object keeps it."""

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR MIT */
 /*
- * What the kernel programs and user space say to each other. libbpf.py and
- * source.py repeat these layouts with ctypes: change both.
+ * What the kernel programs and user space say to each other. layout.py says
+ * it once more for ctypes: change both.
  */
 #ifndef LIMITFS_H
 #define LIMITFS_H
