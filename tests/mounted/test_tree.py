@@ -116,9 +116,7 @@ def test_inode_numbers_are_one_each(limits: Mount, helper: Make) -> None:
 
 
 def test_every_file_that_can_be_read_says_something(limits: Mount, helper: Make) -> None:
-    child = helper()
-    for path in (limits / f"process/{child.pid}").rglob("*"):
-        if path.is_file() and path.name not in ("event", "top"):
-            # The stack in use cannot be told of a thread that runs.
-            if "stack" not in path.parts:
-                assert path.read_text().endswith("\n"), path
+    for path in (limits / f"process/{helper().pid}").rglob("*"):
+        # The stack in use cannot be told of a thread that runs.
+        if path.is_file() and path.name not in ("event", "top") and "stack" not in path.parts:
+            assert path.read_text().endswith("\n"), path
