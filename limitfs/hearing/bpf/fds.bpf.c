@@ -47,7 +47,7 @@ static __always_inline bool is_full(const struct tally *t, __u32 from)
 
 static long tally_chunk(__u32 index, struct tally *t)
 {
-	__u32 i, from = index * CHUNK, words = t->words - from;
+	__u32 i, from = index * CHUNK, words = t->words - from, size;
 	__u64 chunk[CHUNK];
 
 	if (words > CHUNK)
@@ -56,7 +56,12 @@ static long tally_chunk(__u32 index, struct tally *t)
 		t->count += CHUNK * WORD_BITS;
 		return 0;
 	}
-	if (bpf_probe_read_kernel(chunk, words * sizeof(*chunk), t->open_fds + from))
+	size = words * sizeof(*chunk);
+	/* The verifier of 6.1 does not see this by itself, and the compiler must not take it away. */
+	barrier_var(size);
+	if (size > sizeof(chunk))
+		return 1;
+	if (bpf_probe_read_kernel(chunk, size, t->open_fds + from))
 		return 1;
 	for (i = 0; i < CHUNK && i < words; i++)
 		if (chunk[i])

@@ -1,0 +1,167 @@
+"""No crossing is missed, however short: counts through a real mount, by kernel hooks.
+
+Every case drives a process to its threshold and straight back many times; `alarms` must count each time, and
+each has its line or is counted in `lost`. One below the threshold is the silent twin.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from conftest import Helper, Mount, lines_of
+
+Make = Callable[..., Helper]
+
+EXCURSIONS = 10_000
+
+
+@pytest.fixture(autouse=True)
+def hooks(limits: Mount) -> None:
+    """Where this kernel lets nothing be hooked, `features` says so; then there is nothing to count."""
+    exact = [line for line in limits.read("features").splitlines() if line.startswith("fds\tprocess/PID\t")]
+    if "\texact\t" not in exact[0]:
+        pytest.skip(next(line for line in limits.read("features").splitlines() if line.startswith("# bpf")))
+
+
+WAYS = {
+    "open": ("", "os.close(os.open('/dev/null', 0))"),
+    "dup": ("", "os.close(os.dup(0))"),
+    "socket": ("", "socket.socket().close()"),
+    "eventfd": ("", "os.close(os.eventfd(0))"),
+    "memfd": ("", "os.close(os.memfd_create('x'))"),
+    "accept-like pair": ("", "a, b = socket.socketpair(); a.close(); b.close()"),
+    "passed": (
+        "left, right = socket.socketpair()\nnull = os.open('/dev/null', 0)",
+        "socket.send_fds(left, [b'x'], [null]); m = socket.recv_fds(right, 1, 1); os.close(m[1][0])",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_excursion_counts(limits: Mount, helper: Make, way: str) -> None:
+    setup, once = WAYS[way]
+    child = helper(setup)
+    path = f"process/{child.pid}/fds"
+    width = 2 if "pair" in way else 1
+    limits.write(f"{path}/threshold", str(child.fds() + width))
+    child.do(f"exec({f'for _ in range({EXCURSIONS}): {once}'!r})")
+    _expect(limits, path, EXCURSIONS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_below_never_counts(limits: Mount, helper: Make, way: str) -> None:
+    setup, once = WAYS[way]
+    child = helper(setup)
+    path = f"process/{child.pid}/fds"
+    limits.write(f"{path}/threshold", str(child.fds() + (2 if "pair" in way else 1) + 1))
+    child.do(f"exec({f'for _ in range({EXCURSIONS}): {once}'!r})")
+    _expect(limits, path, 0)
+
+
+def test_four_threads_at_once(limits: Mount, helper: Make) -> None:
+    """Each thread holds its descriptor while it is alone at the level, so the excursions are countable."""
+    child = helper("turn = threading.Lock()")
+    path = f"process/{child.pid}/fds"
+    limits.write(f"{path}/threshold", str(child.fds() + 1))
+    quarter = EXCURSIONS // 4
+    child.do(f"exec('def work():\\n for _ in range({quarter}):\\n  with turn: os.close(os.dup(0))')")
+    child.do("workers = [threading.Thread(target=work) for _ in range(4)]")
+    child.do("[w.start() for w in workers]; [w.join() for w in workers]")
+    _expect(limits, path, quarter * 4)
+
+
+def test_inherited_by_fork(limits: Mount, helper: Make) -> None:
+    """A child that is born with as many as the threshold is heard, though it lives for a moment."""
+    child = helper()
+    child.open_files(60)
+    limits.write("process/fds/threshold", str(child.fds()))
+    try:
+        others = int(limits.state("process/fds/state")["members"]) - 1
+        child.do(
+            "exec('for _ in range(200):\\n pid = os.fork()\\n if not pid: os._exit(0)\\n os.waitpid(pid, 0)')"
+        )
+        limits.wait_for(lambda: int(limits.state("process/fds/state")["alarms"]) - others - 1 >= 200)
+        lines = lines_of(limits.read("process/fds/event"))
+        born = [line for line in lines if line["crossing"] == "alarm" and line.get("pid") != str(child.pid)]
+        assert {line["comm"] for line in born[-100:]} == {born[-1]["comm"]}
+        assert int(born[-1]["value"]) >= 60
+    finally:
+        limits.write("process/fds/threshold", "off")
+
+
+def test_short_lives_are_heard_with_name_and_value(limits: Mount, helper: Make) -> None:
+    """1,000 processes that live for a few milliseconds, each crossing once."""
+    child = helper()
+    limits.write("process/fds/threshold", "90")
+    try:
+        start = int(limits.state("process/fds/state")["alarms"])
+        child.do(
+            "exec('for _ in range(1000):\\n pid = os.fork()\\n"
+            " if not pid: [os.dup(0) for _ in range(100)]; os._exit(0)\\n os.waitpid(pid, 0)')"
+        )
+        limits.wait_for(lambda: int(limits.state("process/fds/state")["alarms"]) - start >= 1000)
+        assert int(limits.state("process/fds/state")["alarms"]) - start == 1000
+        line = [one for one in lines_of(limits.read("process/fds/event")) if one["crossing"] == "alarm"][-1]
+        assert line["value"] == "90"
+        assert line["comm"].startswith("python")
+        assert line["guarantee"] == "exact"
+    finally:
+        limits.write("process/fds/threshold", "off")
+
+
+def test_thread_bursts(limits: Mount, helper: Make) -> None:
+    """join() of a thread returns before the kernel's thread is gone, so the child waits for that."""
+    child = helper()
+    path = f"process/{child.pid}/threads"
+    child.do("alone = lambda: len(os.listdir('/proc/self/task')) == 1")
+    burst = "t = threading.Thread(target=int); t.start(); t.join()\n while not alone(): pass"
+    for level, alarms in ((3, 0), (2, 1000)):
+        limits.write(f"{path}/threshold", str(level))
+        child.do(f"exec({f'for _ in range(1000):{chr(10)} {burst}'!r})")
+        _expect(limits, path, alarms)
+
+
+def test_memory_bursts(limits: Mount, helper: Make) -> None:
+    """500 times 8 MiB come and go, in far less than any sampling period."""
+    child = helper("size = 8 << 20")
+    path = f"process/{child.pid}/memory"
+    now = int(limits.read(f"{path}/usage"))
+    limits.write(f"{path}/threshold", f">= {now + (6 << 20)} clear {now + (2 << 20)}")
+    assert limits.state(f"{path}/state")["guarantee"] == "exact"
+    child.do("page = b'x' * 4096")
+    child.do("private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS")
+    burst = "a = mmap.mmap(-1, size, private); [a.write(page) for _ in range(2048)]; a.close()"
+    child.do(f"exec({f'for _ in range(500): {burst}'!r})")
+    _expect(limits, path, 500)
+
+
+def test_declined_hooks_are_not_used(limits: Mount, helper: Make) -> None:
+    child = helper()
+    path = f"process/{child.pid}/fds"
+    limits.write(f"{path}/hearing", "sampled")
+    limits.write(f"{path}/threshold", str(child.fds() + 1))
+    state = limits.state(f"{path}/state")
+    assert state["source"] == "sampled"
+    assert state["guarantee"] == "sampled"
+
+
+def test_not_armed_is_silent(limits: Mount, helper: Make) -> None:
+    child = helper()
+    path = f"process/{child.pid}/fds"
+    child.do("[os.close(os.dup(0)) for _ in range(1000)]")
+    assert limits.read(f"{path}/event") == ""
+    assert limits.state(f"{path}/state")["alarms"] == "0"
+
+
+def _expect(limits: Mount, path: str, alarms: int) -> None:
+    """Every alarm is counted; each has its line, or is counted as without one."""
+    limits.wait_for(lambda: int(limits.state(f"{path}/state")["alarms"]) >= alarms)
+    state = limits.state(f"{path}/state")
+    assert int(state["alarms"]) == alarms
+    assert state["state"] == "clear"
+    written = [line for line in lines_of(limits.read(f"{path}/event")) if line["crossing"] == "alarm"]
+    if alarms == 0:
+        assert written == []
+    assert len(written) + int(state["lost"]) <= alarms or alarms == 0
+    if int(state["lost"]) == 0 and alarms <= 500:
+        assert len(written) == alarms
