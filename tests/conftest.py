@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 30.0
-"""Seconds to wait for what must happen; a test that needs them fails, none is timed."""
+PATIENCE = float(os.environ.get("LIMITFS_PATIENCE", 30))
+"""Seconds to wait for what must happen; a test that needs them fails, none is timed. An emulated machine needs more."""
 
 NOBODY = 65534
 
@@ -31,7 +32,7 @@ class Mount:
         return self.root / path
 
     def write(self, path: str, text: str) -> None:
-        """One write(2), as a shell's echo does it."""
+        """As a shell's echo does it: one write(2)."""
         fd = os.open(self.root / path, os.O_WRONLY | os.O_TRUNC)
         try:
             os.write(fd, text.encode() + b"\n")
@@ -70,7 +71,9 @@ def mounted(directory: Path, *options: str) -> Iterator[Mount]:
     root = directory / "limits"
     root.mkdir()
     log = directory / "log"
-    command = [sys.executable, "-m", "limitfs", "mount", str(root), "--foreground"]
+    # What tests/vm takes the daemon's privileges with.
+    command = shlex.split(os.environ.get("LIMITFS_TEST_DAEMON", ""))
+    command += [sys.executable, "-m", "limitfs", "mount", str(root), "--foreground"]
     for option in options:
         command += ["-o", option]
     with log.open("wb") as stderr:

@@ -19,8 +19,9 @@ from typing import ClassVar
 
 from limitfs.errors import Gone
 from limitfs.hearing import syscalls
-from limitfs.hearing.connector import Connector, ProcessMembers
+from limitfs.hearing.connector import Connector
 from limitfs.hearing.deaths import Deaths
+from limitfs.hearing.membership import ProcessMembers
 from limitfs.hearing.meter import NAMES, Clock, Metered, refuse_unheard
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.source import Guarantee, Listener, Refused, Want

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from limitfs.errors import Quota
 from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks
-from limitfs.hearing.connector import Connector, ConnectorSource
+from limitfs.hearing.connector import Connector
+from limitfs.hearing.counting import ConnectorSource
 from limitfs.hearing.cputimer import CpuTimers, CpuTimerSource, block_signal
 from limitfs.hearing.deaths import Deaths
 from limitfs.hearing.edges import Edges

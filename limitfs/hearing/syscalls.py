@@ -93,8 +93,11 @@ def threads_without(signo: int) -> list[int]:
     """Threads of this process that do not block `signo`; such a one would be killed by it."""
     found = []
     for tid in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{tid}/status", encoding="ascii", errors="replace") as status:
-            blocked = next(int(line.split()[1], 16) for line in status if line.startswith("SigBlk:"))
+        try:
+            with open(f"/proc/self/task/{tid}/status", encoding="ascii", errors="replace") as status:
+                blocked = next(int(line.split()[1], 16) for line in status if line.startswith("SigBlk:"))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
         if not blocked >> (signo - 1) & 1:
             found.append(int(tid))
     return found

@@ -3,7 +3,8 @@
 import os
 
 from limitfs.errors import Unsupported
-from limitfs.hearing.connector import Birth, Births, Connector
+from limitfs.hearing.births import Birth, Births
+from limitfs.hearing.connector import Connector
 from limitfs.space.delivery import Broadcast
 from limitfs.space.eventlog import EventLog
 from limitfs.space.poke import Announce

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from conftest import PATIENCE
 from limitfs.hearing.cputimer import block_signal
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.source import Want, Witness
@@ -15,9 +16,6 @@ from limitfs.watching.condition import parse
 
 # Before any thread is started: the timers' signal kills who does not block it.
 block_signal()
-
-PATIENCE = 30.0
-"""Seconds to wait for what must happen."""
 
 
 @dataclass

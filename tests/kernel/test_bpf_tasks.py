@@ -107,6 +107,7 @@ def test_sum_follows(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> N
         child = helper()
         child.do("stop = threading.Event(); [threading.Thread(target=stop.wait).start() for _ in range(200)]")
         reactor.until(agrees)
+        settle(reactor)
         assert heard.values()[-1] >= 200
         child.do("stop.set()")
         child.end()

@@ -15,21 +15,9 @@ import pytest
 from kernelkit import Heard, Turned, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing import connector as module
-from limitfs.hearing.connector import (
-    Birth,
-    Births,
-    Census,
-    Comm,
-    Connector,
-    ConnectorSource,
-    Event,
-    Exec,
-    Exit,
-    Fork,
-    Kind,
-    Lost,
-    Uid,
-)
+from limitfs.hearing.births import Birth, Births
+from limitfs.hearing.connector import Comm, Connector, Event, Exec, Exit, Fork, Kind, Lost, Uid
+from limitfs.hearing.counting import Census, ConnectorSource
 from limitfs.hearing.deaths import Deaths
 from limitfs.hearing.source import Refused
 from limitfs.resources import procfs, tasks
@@ -441,10 +429,11 @@ def test_births(reactor: Turned, connector: Connector, helper: MakeHelper) -> No
     assert reactor.quiet(0.1) == 0
 
 
-def test_births_of_what_is_no_more_have_no_name(reactor: Turned, connector: Connector) -> None:
+def test_births_of_what_is_no_more_have_its_parents_name(reactor: Turned, connector: Connector) -> None:
     records: list[Birth] = []
     births = Births(connector, records.append)
     (pid,) = fork_and_end(1)
     reactor.until(lambda: any(r.kind == "exit" and r.pid == pid for r in records))
-    assert {(r.comm, r.uid) for r in records if r.pid == pid} == {(None, None)}
+    ours = procfs.comm(os.getpid())
+    assert {(r.ppid, r.comm, r.uid) for r in records if r.pid == pid} == {(os.getpid(), ours, 0)}
     births.close()

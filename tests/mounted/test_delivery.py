@@ -100,8 +100,8 @@ def test_without_a_crossing_nothing_wakes(fds: tuple[Helper, Path], wait: Callab
 
 def test_what_came_before_the_open_does_not_wake(fds: tuple[Helper, Path]) -> None:
     child, path = fds
-    child.open_files(2)
     with opened(path / "event") as first:
+        child.open_files(2)
         assert poll_for(first)
     with opened(path / "event") as later:
         assert poll_for(later, 0) == 0
@@ -275,6 +275,7 @@ def test_reading_on_gives_what_came_since(limits: Mount, fds: tuple[Helper, Path
 
 def test_a_shell_writes_and_reads_on_one_descriptor(fds: tuple[Helper, Path]) -> None:
     _child, path = fds
+    (path / "hearing").write_text("sampled")  # which looks before the write returns
     script = f"exec 3<>{path}/event; echo '>= 1' >&3; cat <&3"
     done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, text=True, check=True)
     (line,) = lines_of(done.stdout)
@@ -284,8 +285,8 @@ def test_a_shell_writes_and_reads_on_one_descriptor(fds: tuple[Helper, Path]) ->
 
 def test_tail_follows(fds: tuple[Helper, Path]) -> None:
     child, path = fds
-    child.open_files(2)
     with opened(path / "event") as fd:
+        child.open_files(2)
         assert poll_for(fd)
     command = ["tail", "-n", "+1", "-f", path / "event"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
@@ -310,7 +311,8 @@ def test_the_size_grows_by_what_is_written(fds: tuple[Helper, Path]) -> None:
 
 
 def ring_often(limits: Mount, path: Path, times: int) -> None:
-    """Arm with what is met at once, again and again: a line each."""
+    """Arm with what is met at once, again and again: a line each, as the sampler looks before the write returns."""
+    (path / "hearing").write_text("sampled")
     with opened(path / "threshold", os.O_WRONLY) as fd:
         for _ in range(times):
             os.write(fd, b">= 1")
@@ -371,6 +373,7 @@ def test_gone_hangs_up_every_reader_and_leaves_the_lines(fds: tuple[Helper, Path
         os.write(mine, b">= 1")
         child.open_files(2)
         assert poll_for(own)
+        assert poll_for(mine)
         child.end()
         for fd, expected in ((own, ["alarm", "gone"]), (named, ["gone"]), (mine, ["alarm", "gone"])):
             while not poll_for(fd) & select.POLLHUP:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mountkit import Other, other, private_mount, refused
 
-from conftest import NOBODY, Helper, Mount
+from conftest import NOBODY, Helper, Mount, poll_for
 
 Make = Callable[..., Helper]
 
@@ -146,6 +146,7 @@ def test_a_refused_private_condition_leaves_room_for_a_good_one(limits: Mount, h
     explained(limits, lambda: os.write(fd, b"off"), "EINVAL", "cannot be off")
     explained(limits, lambda: os.write(fd, b"rubbish"), "EINVAL", "'rubbish'")
     os.write(fd, b">= 1")
+    assert poll_for(fd)
     assert b'watcher="(private)"' in os.read(fd, 4096)
     os.close(fd)
 

@@ -56,6 +56,7 @@ def test_owners_and_modes(limits: Mount, helper: Make) -> None:
 def test_his_own(limits: Mount, helper: Make, nobody: Other) -> None:
     child = helper(uid=NOBODY)
     path = limits / f"process/{child.pid}/fds"
+    nobody.ask(f"write('{path}/hearing', 'sampled')")
     nobody.ask(f"write('{path}/threshold', '>= 1')")
     assert nobody.ask(f"read('{path}/threshold')") == ">= 1\n"
     (line,) = lines_of(str(nobody.ask(f"read('{path}/event')")))
@@ -73,7 +74,6 @@ def test_his_own(limits: Mount, helper: Make, nobody: Other) -> None:
     assert mode_of(path / "warn/threshold") == (NOBODY, 0o644)
     nobody.ask(f"write('{path}/event', '500', os.O_RDWR)")
     nobody.ask(f"os.rmdir('{path}/warn')")
-    nobody.ask(f"write('{path}/hearing', 'sampled')")
 
 
 def test_others(limits: Mount, helper: Make, nobody: Other) -> None:

@@ -6,7 +6,7 @@ import pytest
 from opskit import Kernel, Waker, house, refused
 
 from conftest import NOBODY, lines_of
-from limitfs.hearing.connector import Birth
+from limitfs.hearing.births import Birth
 from limitfs.space import births
 
 
