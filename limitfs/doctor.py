@@ -77,6 +77,7 @@ def examine(machine: Machine) -> Iterator[Check]:
     yield cpu_timers()
     yield perf_paranoid(machine)
     yield btf(machine)
+    yield from kernel_hooks()
     yield from capabilities(machine)
     yield open_files()
     yield pending_signals()
@@ -217,6 +218,24 @@ def btf(machine: Machine) -> Check:
         return Check(Verdict.OK, what, "kernel hooks can find their way in this kernel")
     remedy = "a kernel with CONFIG_DEBUG_INFO_BTF"
     return Check(Verdict.WARN, what, "no kernel hooks: what they would hear exactly is sampled", remedy)
+
+
+def kernel_hooks() -> Iterator[Check]:
+    """Whether each of the kernel programs loads and attaches, found out by doing it."""
+    from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks
+    from limitfs.hearing.reactor import Reactor
+
+    heard = {BpfFds: "descriptors", BpfRss: "memory, shared and swap", BpfTasks: "threads"}
+    reactor = Reactor()
+    for kind, what in heard.items():
+        source = kind(reactor)
+        missing = source.missing()
+        if missing is None:
+            yield Check(Verdict.OK, f"hook {source.name}", f"{what} are heard exactly, at a cost to {source.cost}")
+        else:
+            yield Check(Verdict.WARN, f"hook for {what}", f"{what} are sampled", missing)
+        source.close()
+    reactor.close()
 
 
 # --- privileges and limits

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PATIENCE = float(os.environ.get("LIMITFS_PATIENCE", 30))
-"""Seconds to wait for what must happen; a test that needs them fails, none is timed. An emulated machine needs more."""
+"""Seconds to wait for what must happen; a test that needs them fails, none is timed. An emulated machine is slow."""
 
 NOBODY = 65534
 

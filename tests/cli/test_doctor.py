@@ -94,7 +94,9 @@ def test_pressure_and_btf(bare: Machine) -> None:
     assert doctor.pressure(bare).verdict is doctor.btf(bare).verdict is Verdict.OK
 
 
-@pytest.mark.parametrize(("value", "verdict"), [("-1", Verdict.OK), ("2", Verdict.OK), ("3", Verdict.WARN)])
+@pytest.mark.parametrize(
+    ("value", "verdict"), [("-1", Verdict.OK), ("1", Verdict.OK), ("2", Verdict.WARN), ("3", Verdict.WARN)]
+)
 def test_perf_paranoid(bare: Machine, value: str, verdict: Verdict) -> None:
     put(bare, "proc/sys/kernel/perf_event_paranoid", value + "\n")
     assert doctor.perf_paranoid(bare).verdict is verdict

@@ -311,8 +311,7 @@ def test_the_size_grows_by_what_is_written(fds: tuple[Helper, Path]) -> None:
 
 
 def ring_often(limits: Mount, path: Path, times: int) -> None:
-    """Arm with what is met at once, again and again: a line each, as the sampler looks before the write returns."""
-    (path / "hearing").write_text("sampled")
+    """Arm with what is met at once, again and again: a line each."""
     with opened(path / "threshold", os.O_WRONLY) as fd:
         for _ in range(times):
             os.write(fd, b">= 1")
@@ -326,6 +325,7 @@ def memory_of(pid: int) -> int:
 def test_a_reader_that_never_reads_costs_little_and_is_told_what_it_missed(limits: Mount, helper: Make) -> None:
     child = helper()
     path = limits / f"process/{child.pid}/fds"
+    (path / "hearing").write_text("sampled")  # which looks before the write returns
     with opened(path / "event") as never, opened(path / "event") as once:
         ring_often(limits, path, 2 * RETAINED)
         os.pread(once, 1, 0)

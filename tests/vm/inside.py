@@ -1,4 +1,4 @@
-"""In the guest: that it is what the variant says, and that limitfs finds out. Run by `guest`, never on the host."""
+"""In the guest: that it is what the variant says, and that limitfs finds out. `guest` runs this, the host never."""
 
 import re
 import subprocess
@@ -67,7 +67,8 @@ def test_everything_is_heard_exactly(limits: Mount) -> None:
     for resource in ("fds", "memory", "shared", "swap", "threads", "cpu"):
         assert feature(limits, resource)[1] == "exact", resource
     assert not [line for line in limits.read("features").splitlines() if line.startswith("#")]
-    assert not [line for line in doctor(limits).values() if not line.startswith("ok")]
+    # Before 6.2 it says that descriptors are counted slowly.
+    assert not [line for what, line in doctor(limits).items() if not line.startswith("ok") and what != "kernel"]
 
 
 @pytest.mark.skipif(HOOKED, reason="hooks work here")

@@ -1,0 +1,244 @@
+"""What the kernel's hooks cost, and how fast they ring: `python tests/bench/hooks.py [--rounds N] [PART…]`.
+
+Parts: cost, latency, idle. `cost` compares short runs of one operation in turns: limitfs not mounted, mounted and
+nothing armed, armed on another process, armed on the process itself; where there is auditctl(8), also next to one
+audit rule that is never triggered, as the rlimit-events patches measured it. Medians, and the median of the
+differences within one round. Needs root and gcc.
+"""
+
+import argparse
+import contextlib
+import os
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from run import Cost, sleepers
+
+from conftest import Helper, Mount, mounted
+
+COUNTS = {
+    "getppid": 20000,
+    "dup_close": 10000,
+    "open_hot": 5000,
+    "open_cold": 300,
+    "page_fault": 200,
+    "fork_exit": 50,
+}
+RESOURCES = {
+    "fds": ("getppid", "dup_close", "open_hot", "open_cold", "fork_exit"),
+    "memory": ("page_fault", "fork_exit"),
+}
+RESOURCES["threads"] = ("getppid", "fork_exit")
+NEVER = {"fds": "100000", "memory": "1000G", "threads": "100000"}
+
+
+class Worker:
+    """A process that does what is measured."""
+
+    def __init__(self, program: Path) -> None:
+        self.process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, name: str) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{name} {COUNTS[name]}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def worker(directory: Path) -> Iterator[Worker]:
+    program = directory / "strokes"
+    subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).parent / "strokes.c"], check=True)
+    made = Worker(program)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def cost(directory: Path, rounds: int) -> None:
+    """Nanoseconds more for one operation, and in percent of it."""
+    with worker(directory) as work, worker(directory) as other:
+        before = {name: statistics.median(work(name) for _ in range(rounds)) for name in COUNTS}
+        with mounted(directory) as limits:
+            for resource, names in RESOURCES.items():
+                _cost_of(limits, resource, names, work, other, rounds, before)
+        _audit(work, rounds)
+
+
+def _cost_of(
+    limits: Mount,
+    resource: str,
+    names: tuple[str, ...],
+    work: Worker,
+    other: Worker,
+    rounds: int,
+    before: dict[str, float],
+) -> None:
+    for name in names:
+        off, elsewhere, watched = [], [], []
+        for _ in range(rounds):
+            off.append(work(name))
+            with armed(limits, other.process.pid, resource) as source:
+                elsewhere.append(work(name))
+            with armed(limits, work.process.pid, resource):
+                watched.append(work(name))
+        base = statistics.median(off)
+        print(
+            f"{resource + ' by ' + source:<22} {name:<11} disarmed {base:9.0f} ns"
+            f" ({base / before[name] * 100 - 100:+5.1f} % of not mounted)"
+            f"   elsewhere {_more(off, elsewhere)}   watched {_more(off, watched)}"
+        )
+
+
+def _more(base: list[float], loaded: list[float]) -> str:
+    more = statistics.median(b - a for a, b in zip(base, loaded, strict=True))
+    return f"{more:+7.0f} ns {more / statistics.median(base) * 100:+6.1f} %"
+
+
+@contextlib.contextmanager
+def armed(limits: Mount, pid: int, resource: str) -> Iterator[str]:
+    path = f"process/{pid}/{resource}"
+    limits.write(f"{path}/threshold", NEVER[resource])
+    yield limits.state(f"{path}/state")["source"]
+    limits.write(f"{path}/threshold", "off")
+    time.sleep(0.05)  # detaching is not waited for
+
+
+def _audit(work: Worker, rounds: int) -> None:
+    """The same operations next to one audit rule on another system call's failure."""
+    if shutil.which("auditctl") is None or subprocess.run(["auditctl", "-e", "1"], capture_output=True).returncode:
+        print("audit: no auditctl(8), or a kernel without audit: not compared")
+        return
+    rule = ["-a", "never,exit", "-F", "arch=b64", "-S", "openat", "-F", "success=0", "-F", "uid=65533"]
+    for name in ("getppid", "dup_close", "open_hot", "open_cold"):
+        off, on = [], []
+        for _ in range(rounds):
+            off.append(work(name))
+            subprocess.run(["auditctl", *rule], check=True, capture_output=True)
+            on.append(work(name))
+            subprocess.run(["auditctl", "-D"], check=True, capture_output=True)
+        print(
+            f"{'one audit rule':<22} {name:<11} without {statistics.median(off):9.0f} ns   with {_more(off, on)}"
+        )
+
+
+def latency(directory: Path, rounds: int) -> None:
+    """From a crossing in the kernel to the reader's wake, by poll(2) and by inotify."""
+    with mounted(directory) as limits:
+        helper = Helper()
+        try:
+            path = f"process/{helper.pid}/fds"
+            limits.write(f"{path}/threshold", str(helper.fds() + 1))
+            source = limits.state(f"{path}/state")["source"]
+            for how, wait in (("poll", _poll), ("inotify", _inotify)):
+                delays = sorted(_delay(limits, path, helper, wait) for _ in range(rounds * 20))
+                print(
+                    f"crossing to {how:<8} by {source:<12} median {statistics.median(delays):8.0f} us"
+                    f"   p99 {delays[int(len(delays) * 0.99)]:8.0f} us"
+                )
+        finally:
+            helper.end()
+
+
+def _delay(limits: Mount, path: str, helper: Helper, wait: Callable[[Mount, str], Callable[[], int]]) -> float:
+    woken: list[int] = []
+    waiting = wait(limits, path)
+    thread = threading.Thread(target=lambda: woken.append(waiting()))
+    thread.start()
+    time.sleep(0.01)
+    with tempfile.NamedTemporaryFile("r") as told:
+        helper.do(f"t = time.monotonic_ns(); os.close(os.dup(0)); open({told.name!r}, 'w').write(str(t))")
+        thread.join()
+        return (woken[0] - int(told.read())) / 1000
+
+
+def _poll(limits: Mount, path: str) -> Callable[[], int]:
+    fd = os.open(limits / path / "event", os.O_RDONLY)
+    os.pread(fd, 1 << 20, 0)
+    poller = select.poll()
+    poller.register(fd, select.POLLPRI)
+
+    def wait() -> int:
+        assert poller.poll(20_000)
+        now = time.monotonic_ns()
+        os.close(fd)
+        return now
+
+    return wait
+
+
+def _inotify(limits: Mount, path: str) -> Callable[[], int]:
+    import inotify_simple
+
+    watch = inotify_simple.INotify()
+    watch.add_watch(limits / path / "event", inotify_simple.flags.MODIFY)
+
+    def wait() -> int:
+        assert watch.read(20_000)
+        now = time.monotonic_ns()
+        watch.close()
+        return now
+
+    return wait
+
+
+def idle(directory: Path, rounds: int) -> None:
+    """Wake-ups of the daemon in a minute: 1,000 exact thresholds on a busy machine that never crosses."""
+    with worker(directory) as busy, mounted(directory) as limits, sleepers(1000) as pids:
+        for pid in pids:
+            limits.write(f"process/{pid}/fds/threshold", "1000")
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                busy("open_hot")
+                busy("fork_exit")
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(12)
+        used = Cost(limits.daemon.pid)
+        time.sleep(rounds * 8)
+        cpu, switches = used.since()
+        stop.set()
+        thread.join()
+        print(
+            f"1,000 fds thresholds by {limits.state(f'process/{pids[0]}/fds/state')['source']}, busy machine,"
+            f" {rounds * 8} s: {switches} wake-ups, {cpu * 1000:.1f} ms of CPU"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=[])
+    parser.add_argument("--rounds", type=int, default=8)
+    chosen = parser.parse_args()
+    parts: dict[str, Callable[[Path, int], None]] = {"cost": cost, "latency": latency, "idle": idle}
+    for part in chosen.parts or parts:
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"== {part}")
+            parts[part](Path(directory), chosen.rounds)
+
+
+if __name__ == "__main__":
+    main()
