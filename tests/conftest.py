@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PATIENCE = float(os.environ.get("LIMITFS_PATIENCE", 30))
-"""Seconds to wait for what must happen; a test that needs them fails, none is timed. An emulated machine is slow."""
+"""Seconds to wait for what must happen; a test that needs them fails. An emulated machine is slow."""
 
 NOBODY = 65534
 
@@ -32,7 +32,7 @@ class Mount:
         return self.root / path
 
     def write(self, path: str, text: str) -> None:
-        """As a shell's echo does it: one write(2)."""
+        """In one piece, as a shell's echo does it."""
         fd = os.open(self.root / path, os.O_WRONLY | os.O_TRUNC)
         try:
             os.write(fd, text.encode() + b"\n")

@@ -1,4 +1,4 @@
-"""In the guest: that it is what the variant says, and that limitfs finds out. `guest` runs this, the host never."""
+"""In the guest: that it is what the variant says, and that limitfs finds out. Only `guest` runs this."""
 
 import re
 import subprocess
