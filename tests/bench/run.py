@@ -197,13 +197,16 @@ def _wait_for_alarm(fd: int, poller: select.poll, woke: list[int]) -> None:
             return
 
 
-def _wake_us(limits: Mount, path: str, cross: Callable[[], int], times: int) -> None:
+def _wake_us(
+    limits: Mount, path: str, before: Callable[[], object], cross: Callable[[], int], times: int = 15
+) -> None:
     """Microseconds from `cross` (which returns CLOCK_MONOTONIC ns of the crossing) to the poller's wake."""
     fd = os.open(limits / path, os.O_RDONLY)
     poller = select.poll()
     poller.register(fd, select.POLLPRI)
     delays = []
     for _ in range(times):
+        before()
         os.pread(fd, 1 << 20, 0)
         woke: list[int] = []
         waiter = threading.Thread(target=_wait_for_alarm, args=(fd, poller, woke))
@@ -212,10 +215,15 @@ def _wake_us(limits: Mount, path: str, cross: Callable[[], int], times: int) -> 
         waiter.join()
         delays.append((woke[0] - crossed) / 1000)
     os.close(fd)
+    state = path.replace("event", "state")
+    told(path.split("/", 2)[-1], limits.state(state)["source"], delays)
+
+
+def told(what: str, source: str, delays: list[float]) -> None:
+    """One line of latencies, in microseconds."""
     delays.sort()
-    source = limits.state(path.replace("event", "state"))["source"]
     print(
-        f"{'latency ' + path.split('/', 2)[-1] + ' by ' + source:<44} median {statistics.median(delays):9.0f} us"
+        f"{f'latency {what} by {source}':<44} median {statistics.median(delays):9.0f} us"
         f"   worst {delays[-1]:9.0f} us"
     )
 
@@ -223,55 +231,92 @@ def _wake_us(limits: Mount, path: str, cross: Callable[[], int], times: int) -> 
 def latency(limits: Mount) -> None:
     """From the moment of crossing to the return of poll(2), for each source."""
     helper = Helper()
+    process = f"process/{helper.pid}"
     try:
-        _fds_latency(limits, helper)
-        _cputime_latency(limits, helper)
-        _threads_latency(limits, helper)
+        for hearing in ("auto", "sampled"):
+            limits.write(f"{process}/fds/hearing", hearing)
+            _fds_latency(limits, helper, f"{process}/fds")
+        _cputime_latency(limits, helper, f"{process}/cputime")
+        _cputime_latency(limits, helper, f"{process}/thread/{helper.pid}/cputime")
+        _threads_latency(limits, helper, f"{process}/threads")
+        _threads_latency(limits, helper, "system/threads")
+        _psi_latency(limits)
     finally:
         helper.end()
 
 
-def _fds_latency(limits: Mount, helper: Helper) -> None:
-    path = f"process/{helper.pid}/fds"
+def _fds_latency(limits: Mount, helper: Helper, path: str) -> None:
     limits.write(f"{path}/threshold", str(helper.fds() + 1))
 
-    def cross() -> int:
+    def back() -> None:
         helper.do("[os.close(held.pop()) for _ in range(len(held))]")
         time.sleep(0.6)
-        return clocked(helper, "held.append(os.open('/dev/null', 0))")
 
-    _wake_us(limits, f"{path}/event", cross, 15)
+    _wake_us(limits, f"{path}/event", back, lambda: clocked(helper, "held.append(os.open('/dev/null', 0))"))
+    back()
     limits.write(f"{path}/threshold", "off")
 
 
-def _cputime_latency(limits: Mount, helper: Helper) -> None:
-    path = f"process/{helper.pid}/cputime"
+def _cputime_latency(limits: Mount, helper: Helper, path: str) -> None:
+    clock = "thread_time" if "/thread/" in path else "process_time"
+    burn = f"exec('while time.{clock}() < {{}}: pass')"
+    level = 0.0
 
-    def cross() -> int:
-        limits.write(f"{path}/threshold", "off")
-        time.sleep(0.05)
+    def arm() -> None:
+        nonlocal level
         level = round(float(limits.read(f"{path}/usage")) + 0.05, 3)
         limits.write(f"{path}/threshold", f"{level:.3f}s")
-        burn = "exec('while time.process_time() < {}: pass')"
+
+    def cross() -> int:
         # The kernel looks at CPU timers at its tick, so the process must still run then.
         return clocked(helper, burn.format(level), burn.format(level + 0.03))
 
-    _wake_us(limits, f"{path}/event", cross, 15)
+    _wake_us(limits, f"{path}/event", arm, cross)
     limits.write(f"{path}/threshold", "off")
 
 
-def _threads_latency(limits: Mount, helper: Helper) -> None:
-    path = f"process/{helper.pid}/threads"
-    limits.write(f"{path}/threshold", "2")
+def _threads_latency(limits: Mount, helper: Helper, path: str) -> None:
+    """Any change: thus also on a machine whose other threads come and go."""
+    limits.write(f"{path}/threshold", "change")
     helper.do("stop = threading.Event()")
 
-    def cross() -> int:
-        helper.do("stop.set(); time.sleep(0.6); stop.clear()")
-        return clocked(helper, "threading.Thread(target=stop.wait).start()")
+    def back() -> None:
+        helper.do("stop.set(); time.sleep(0.2); stop.clear()")
 
-    _wake_us(limits, f"{path}/event", cross, 15)
+    _wake_us(limits, f"{path}/event", back, lambda: clocked(helper, "threading.Thread(target=stop.wait).start()"))
     helper.do("stop.set()")
     limits.write(f"{path}/threshold", "off")
+
+
+def _psi_latency(limits: Mount) -> None:
+    """How much later limitfs' poller wakes than one of /proc/pressure itself, with the same trigger."""
+    paths = ("/proc/pressure/cpu", limits / "system/cpu_pressure/event")
+    fds = [os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in paths]
+    for fd in fds:
+        os.write(fd, b"some 100000 2000000\0")
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    woke: list[list[int]] = [[], []]
+    try:
+        waiters = [threading.Thread(target=_count_triggers, args=pair) for pair in zip(fds, woke, strict=True)]
+        for waiter in waiters:
+            waiter.start()
+        for waiter in waiters:
+            waiter.join()
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+        for fd in fds:
+            os.close(fd)
+    told("cpu_pressure after /proc", "psi", [(ours - theirs) / 1000 for theirs, ours in zip(*woke, strict=True)])
+
+
+def _count_triggers(fd: int, woke: list[int]) -> None:
+    poller = select.poll()
+    poller.register(fd, select.POLLPRI)
+    while len(woke) < 6:
+        assert poller.poll(20_000), "no trigger"
+        woke.append(time.monotonic_ns())
 
 
 def wakeups(limits: Mount, seconds: float) -> None:

@@ -337,7 +337,7 @@ def test_levels() -> None:
 
 def test_a_percentage_needs_a_limit() -> None:
     for number in (80.0, 0.0):
-        with pytest.raises(Impossible, match="limit that is not set"):
+        with pytest.raises(Impossible, match="limit that is not there"):
             Condition(Op.GE, Amount(number, percent=True)).levels(math.inf)
     with pytest.raises(Impossible):
         Condition(Op.GE, Amount(5), clear=Amount(1, percent=True)).levels(math.inf)
