@@ -181,10 +181,10 @@ def arming(limits: Mount) -> None:
         print(f"{'resident with 10,000 armed':<44} {resident(limits.daemon.pid):9.1f} MiB")
 
 
-def clocked(helper: Helper, code: str, after: str = "") -> int:
-    """Have `code` done there, then `after`; when `code` was done, CLOCK_MONOTONIC ns."""
+def clocked(helper: Helper, code: str, before: str = "") -> int:
+    """Have `before` and then `code` done there; when `code` began, CLOCK_MONOTONIC ns."""
     with tempfile.NamedTemporaryFile("r") as told:
-        helper.do(f"{code}; t = time.monotonic_ns(); {after or None}; open({told.name!r}, 'w').write(str(t))")
+        helper.do(f"{before or None}; t = time.monotonic_ns(); {code}; open({told.name!r}, 'w').write(str(t))")
         return int(told.read())
 
 
@@ -269,7 +269,7 @@ def _cputime_latency(limits: Mount, helper: Helper, path: str) -> None:
 
     def cross() -> int:
         # The kernel looks at CPU timers at its tick, so the process must still run then.
-        return clocked(helper, burn.format(level), burn.format(level + 0.03))
+        return clocked(helper, burn.format(level + 0.1), burn.format(level))
 
     _wake_us(limits, f"{path}/event", arm, cross)
     limits.write(f"{path}/threshold", "off")

@@ -1,4 +1,4 @@
-"""In the guest: that it is what the variant says, and that limitfs finds out. Only `guest` runs this."""
+"""In the guest: that it is what the variant says, and that limitfs finds out. Run by `guest` alone."""
 
 import re
 import subprocess
