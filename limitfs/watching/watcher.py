@@ -160,7 +160,11 @@ class Watcher:
         self._witness = witness
 
     def reading(self, member: Target, value: float) -> None:
-        """Take in a value of `member`; emits a record where that makes a crossing."""
+        """Take in a value of `member`; emits a record where that makes a crossing.
+
+        Raises:
+            LimitsError: the member, or its limit, is no more; only to a source that gave a witness.
+        """
         if self.condition is None:
             return
         if self.armed is None:
@@ -174,7 +178,11 @@ class Watcher:
         try:
             level, clear = self._levels(member)
         except LimitsError:
-            return  # it ended just now, or has no limit to take a percentage of
+            # It ended just now, or has no limit to take a percentage of. Who judged in the kernel counts it.
+            witness, self._witness = self._witness, None
+            if witness is not None:
+                raise
+            return
         crossing = alarm.update(self.surroundings.now(), value, level, clear)
         self._follow_deadline(member, alarm)
         if crossing is not None:

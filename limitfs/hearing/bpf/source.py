@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from limitfs.errors import Gone
+from limitfs.errors import Gone, LimitsError
 from limitfs.hearing.bpf.engine import Engine, Hooks
 from limitfs.hearing.bpf.layout import (
     EVERY,
@@ -222,7 +222,7 @@ class _Armed:
     def _tell(self, member: Target, value: int, flips: int) -> None:
         try:
             self._listener.reading(member, float(value * self._scale.unit))
-        except Gone:
+        except LimitsError:
             # It ended before its limit could be read for the line: the alarm counts all the same.
             if flips & 1 and self._counts_alarms():
                 self._listener.missed(member, 1)
