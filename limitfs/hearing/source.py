@@ -8,9 +8,9 @@ it knows nothing of paths, files or alarms.
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from limitfs.resources.model import Measured, Resource, Target
+from limitfs.resources.model import Measured, Process, Resource, Target
 from limitfs.watching.condition import Condition
 
 
@@ -83,6 +83,14 @@ class Armed(Protocol):
 
     def disarm(self) -> None:
         """Stop, and free everything in kernel and process; may be called twice."""
+
+
+@runtime_checkable
+class LooksAgain(Protocol):
+    """A source at work that judges by itself, and can be told that what it judges by has changed."""
+
+    def look_again(self, process: Process) -> None:
+        """The limit of `process` has changed; raises Gone."""
 
 
 class Refused(Exception):

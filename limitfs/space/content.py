@@ -263,13 +263,13 @@ def show_limit(place: Place, house: "House", user: int) -> str:
 
 def store_limit(place: Place, house: "House", user: int, text: str) -> None:
     """A write to `limit`: prlimit(2) for a process; nothing else has a limit that can be set."""
-    del house
     target, resource = place.subject
     if not isinstance(target, Process) or resource.rlimit is None:
         raise Unsupported(f"the kernel has no limit on {resource.name} to set here")
     procfs.check(target)
     soft, hard = parse_limit(text, resource.unit)
     set_limit(target, resource.rlimit, soft, hard, raise_hard=user == 0)
+    house.registry.limit_changed(target, resource)
 
 
 def _limit(value: float, unit: Unit) -> str:

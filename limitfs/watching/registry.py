@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from limitfs.errors import Invalid, Quota, Unsupported
-from limitfs.hearing.source import Armed, Guarantee, Refused, Source
+from limitfs.hearing.source import Armed, Guarantee, LooksAgain, Refused, Source
 from limitfs.resources.members import collection
-from limitfs.resources.model import Processes, Resource, System, Target, Threads
+from limitfs.resources.model import Process, Processes, Resource, System, Target, Threads
 from limitfs.watching.condition import Condition
 from limitfs.watching.watcher import PRIVATE, Emit, Surroundings, Watcher
 
@@ -161,6 +161,18 @@ class Registry:
             raise Invalid(f"{hearing!r} is no way of hearing", f"one of: {', '.join(HEARING)}")
         watcher.hearing = hearing
         self._rearm(watcher)
+
+    def limit_changed(self, process: Process, resource: Resource) -> None:
+        """The limit of `process` was set here: who takes a percentage of it judges anew. Raises as arming."""
+        targets = (process, Processes(), System())
+        for watcher in [w for target in targets for w in self._watchers.get((target, resource.name), {}).values()]:
+            condition = watcher.condition
+            if condition is None or condition.amount is None or not condition.amount.percent:
+                continue
+            if isinstance(watcher.armed, LooksAgain):
+                watcher.armed.look_again(process)
+            elif watcher.armed is not None and watcher.armed.period is None:
+                self._rearm(watcher)
 
     def _rearm(self, watcher: Watcher) -> None:
         if watcher.condition is not None:

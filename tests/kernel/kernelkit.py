@@ -17,6 +17,9 @@ from limitfs.watching.condition import parse
 # Before any thread is started: the timers' signal kills who does not block it.
 block_signal()
 
+EXCURSIONS = int(os.environ.get("LIMITFS_EXCURSIONS", 10_000))
+"""How often a threshold is reached and left, to miss none; a multiple of 4. An emulated machine takes fewer."""
+
 
 @dataclass
 class Heard:

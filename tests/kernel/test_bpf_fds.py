@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_bpf_kit import Alarmed, base_fds, links, loaded, settle
 
-from kernelkit import Turned, begin, turned, want
+from kernelkit import EXCURSIONS, Turned, begin, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing.bpf.layout import Kind
 from limitfs.hearing.bpf.source import BpfFds
@@ -17,7 +17,6 @@ from limitfs.resources import members, procfs
 from limitfs.resources.fds import Fds
 from limitfs.resources.model import Process, Processes
 
-EXCURSIONS = 10_000
 FDS = Fds()
 
 MakeHelper = Callable[..., Any]

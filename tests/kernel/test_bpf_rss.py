@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_bpf_kit import Alarmed, links, loaded, settle
 
-from kernelkit import Turned, turned, want
+from kernelkit import EXCURSIONS, Turned, turned, want
 from limitfs.hearing.bpf.source import BpfRss
 from limitfs.resources import procfs
 from limitfs.resources.memory import Memory, Shared
@@ -55,10 +55,10 @@ def test_every_excursion_counts(reactor: Turned, source: BpfRss, helper: MakeHel
     level = (resident(child) + 100) * PAGE
     heard = Alarmed(level=level)
     armed = source.arm(want(MEMORY, procfs.identify(child.pid), f">= {level}"), heard)
-    child.do("for _ in range(10_000): excursion(200)")
+    child.do(f"for _ in range({EXCURSIONS}): excursion(200)")
     settle(reactor)
     armed.disarm()
-    assert heard.total == 10_000
+    assert heard.total == EXCURSIONS
 
 
 def test_below_is_silent_and_wakes_nobody(reactor: Turned, source: BpfRss, helper: MakeHelper) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_bpf_kit import Alarmed, links, loaded, settle
 
-from kernelkit import Turned, turned, want
+from kernelkit import EXCURSIONS, Turned, turned, want
 from limitfs.hearing.bpf.layout import Kind
 from limitfs.hearing.bpf.source import Birth, BpfTasks
 from limitfs.resources import members, procfs
@@ -42,10 +42,10 @@ def test_every_excursion_counts(reactor: Turned, source: BpfTasks, helper: MakeH
     )
     heard = Alarmed(level=2)
     armed = source.arm(want(THREADS, procfs.identify(child.pid), ">= 2"), heard)
-    child.do("for _ in range(10_000): excursion()")
+    child.do(f"for _ in range({EXCURSIONS}): excursion()")
     settle(reactor)
     armed.disarm()
-    assert heard.total == 10_000
+    assert heard.total == EXCURSIONS
     assert heard.values()[-1] == 1
 
 

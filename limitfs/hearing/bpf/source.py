@@ -313,7 +313,11 @@ class _One(_Armed):
         level, clear = self._want.levels(self._process)
         self._watches = watches_for(self._want, self._scale, level, clear)
         self._engine.add(self, self._process.pid, self._process.start, self._watches)
-        self._plant(self._process, self._process.pid)
+        self.look_again(self._process)
+
+    def look_again(self, process: Process) -> None:
+        """See `LooksAgain`."""
+        self._plant(process, process.pid)
 
     def _remove(self) -> None:
         self._engine.remove(self._process.pid, self._process.start, self._watches)
@@ -336,9 +340,10 @@ class _Each(_Armed):
         self._engine.add(self, EVERY, 0, self._watches)
         for process in members.members(self._want.target):
             if isinstance(process, Process):
-                self._plant_if_there(process)
+                self.look_again(process)
 
-    def _plant_if_there(self, process: Process) -> None:
+    def look_again(self, process: Process) -> None:
+        """See `LooksAgain`."""
         try:
             self._plant(process, EVERY)
         except Gone:
