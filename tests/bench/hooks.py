@@ -82,7 +82,7 @@ def cost(directory: Path, rounds: int) -> None:
         with mounted(directory) as limits:
             for resource, names in RESOURCES.items():
                 _cost_of(limits, resource, names, work, other, rounds, before)
-        _audit(work, rounds)
+    _audit(directory, rounds)
 
 
 def _cost_of(
@@ -124,22 +124,28 @@ def armed(limits: Mount, pid: int, resource: str) -> Iterator[str]:
     time.sleep(0.05)  # detaching is not waited for
 
 
-def _audit(work: Worker, rounds: int) -> None:
-    """The same operations next to one audit rule on another system call's failure."""
-    if shutil.which("auditctl") is None or subprocess.run(["auditctl", "-e", "1"], capture_output=True).returncode:
+def _audit(directory: Path, rounds: int) -> None:
+    """The same operations next to one audit rule that no call matches."""
+    look = ["auditctl", "-s"]
+    status = shutil.which("auditctl") and subprocess.run(look, capture_output=True, text=True).stdout
+    if not status or subprocess.run(["auditctl", "-e", "1"], capture_output=True).returncode:
         print("audit: no auditctl(8), or a kernel without audit: not compared")
         return
-    rule = ["-a", "never,exit", "-F", "arch=b64", "-S", "openat", "-F", "success=0", "-F", "uid=65533"]
-    for name in ("getppid", "dup_close", "open_hot", "open_cold"):
-        off, on = [], []
-        for _ in range(rounds):
-            off.append(work(name))
-            subprocess.run(["auditctl", *rule], check=True, capture_output=True)
-            on.append(work(name))
-            subprocess.run(["auditctl", "-D"], check=True, capture_output=True)
-        print(
-            f"{'one audit rule':<22} {name:<11} without {statistics.median(off):9.0f} ns   with {_more(off, on)}"
-        )
+    rule = ["-a", "always,exit", "-F", "arch=b64", "-S", "openat", "-F", "uid=65533"]
+    # A process has what audit needs only if it was born while audit was on.
+    with worker(directory) as work:
+        for name in ("getppid", "dup_close", "open_hot", "open_cold"):
+            off, on = [], []
+            for _ in range(rounds):
+                off.append(work(name))
+                subprocess.run(["auditctl", *rule], check=True, capture_output=True)
+                on.append(work(name))
+                subprocess.run(["auditctl", "-D"], check=True, capture_output=True)
+            print(
+                f"{'one audit rule':<22} {name:<11} without {statistics.median(off):9.0f} ns   with {_more(off, on)}"
+            )
+    if "enabled 0" in status:
+        subprocess.run(["auditctl", "-e", "0"], check=True, capture_output=True)
 
 
 def latency(directory: Path, rounds: int) -> None:
