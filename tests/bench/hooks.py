@@ -141,9 +141,8 @@ def _audit(directory: Path, rounds: int) -> None:
                 subprocess.run(["auditctl", *rule], check=True, capture_output=True)
                 on.append(work(name))
                 subprocess.run(["auditctl", "-D"], check=True, capture_output=True)
-            print(
-                f"{'one audit rule':<22} {name:<11} without {statistics.median(off):9.0f} ns   with {_more(off, on)}"
-            )
+            base = statistics.median(off)
+            print(f"{'one audit rule':<22} {name:<11} without {base:9.0f} ns   with {_more(off, on)}")
     if "enabled 0" in status:
         subprocess.run(["auditctl", "-e", "0"], check=True, capture_output=True)
 
