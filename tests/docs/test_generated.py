@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted((DOCS / "man").glob("limitfs.*"))
 TEXTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-"""Pages that come with the benchmarks."""
 
 
 def test_generated_parts_are_up_to_date() -> None:
