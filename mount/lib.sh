@@ -156,4 +156,6 @@ canonical() {
 
 # the command, and the record of the mount points that mount/up made
 link=/usr/local/bin/limitfs
+# the manual, below share/ of the virtual environment and of /usr/local
+pages='man/man5/limitfs.5 man/man8/limitfs.8'
 made=/var/lib/limitfs/made
