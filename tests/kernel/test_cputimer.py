@@ -292,9 +292,13 @@ def test_each_process_is_heard_from_its_birth(
     level = round(2 * used(idle) + 0.2, 3)
     armed = source.arm(want(Cputime(), Processes(), f"{level}s", each=True), heard)
     young = helper()
-    reactor.pump()  # before its first line: it is not known by reading /proc again
-    known = {member.pid: member for member, _ in heard.readings if isinstance(member, Process)}
-    assert {old.pid, idle.pid, young.pid} <= known.keys()
+    known: dict[int, Process] = {}
+
+    def all_are_known() -> bool:
+        known.update({member.pid: member for member, _ in heard.readings if isinstance(member, Process)})
+        return {old.pid, idle.pid, young.pid} <= known.keys()
+
+    reactor.until(all_are_known)
     for child in (old, young):
         child.do(burn(level + 0.1))
         member = known[child.pid]
