@@ -16,7 +16,7 @@ from conftest import PATIENCE, Helper, Mount, poll_for
 
 Make = Callable[..., Helper]
 
-GENEROUS = 120.0
+GENEROUS = 600.0
 """Seconds after which a client hangs."""
 
 ALARMING = ("Input/output error", "Function not implemented", "Traceback", "Stale", "Transport endpoint")
