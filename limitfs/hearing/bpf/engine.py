@@ -145,7 +145,7 @@ class Engine:
             except BpfError as error:
                 self._unload()
                 reasons.append(f"{hooks.name}: {error.strerror}")
-                if error.errno in (1, 13) and os.geteuid() != 0:
+                if error.errno in (1, 13) and not _is_capable():
                     reasons.append("needs CAP_BPF and CAP_PERFMON")
                 continue
             self.hooks = hooks
@@ -468,6 +468,16 @@ def _guarded(call: Callable[[], object]) -> None:
 def _is_there(sections: dict[str, str], name: str) -> bool:
     section = sections.get(name.partition("@")[0])
     return section is not None and libbpf.kernel_has(section)
+
+
+_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
+
+
+def _is_capable() -> bool:
+    """Whether this process has what bpf(2) asks for; root need not, see capabilities(7)."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        held = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    return bool(held >> _CAP_SYS_ADMIN & 1 or (held >> _CAP_PERFMON & held >> _CAP_BPF & 1))
 
 
 def _culprit() -> str | None:
