@@ -130,7 +130,7 @@ class Engine:
         if os.readlink("/proc/self/ns/pid") != _INITIAL_PID_NAMESPACE:
             return "not in the initial PID namespace, whose numbers the kernel's hooks tell"
         try:
-            libbpf.library()
+            libbpf.shared_library()
         except BpfError as error:
             return str(error.strerror)
         if not os.path.exists("/sys/kernel/btf/vmlinux"):

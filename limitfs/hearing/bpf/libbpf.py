@@ -101,7 +101,7 @@ _print = _PRINT(_on_print)  # kept: libbpf holds no reference
 
 
 @cache
-def library() -> ctypes.CDLL:
+def shared_library() -> ctypes.CDLL:
     """The library, with its prints kept and its signatures set.
 
     Raises:
@@ -141,7 +141,7 @@ def _error(what: str, code: int | None = None) -> BpfError:
 
 @cache
 def _kernel_types() -> int | None:
-    return library().btf__load_vmlinux_btf() or None
+    return shared_library().btf__load_vmlinux_btf() or None
 
 
 def kernel_has(section: str) -> bool:
@@ -154,9 +154,11 @@ def kernel_has(section: str) -> bool:
     if types is None:
         return False
     if kind == "tp_btf":
-        return bool(library().btf__find_by_name_kind(types, f"btf_trace_{name}".encode(), _KIND_TYPEDEF) > 0)
+        return bool(
+            shared_library().btf__find_by_name_kind(types, f"btf_trace_{name}".encode(), _KIND_TYPEDEF) > 0
+        )
     if kind in ("fentry", "fexit"):
-        return bool(library().btf__find_by_name_kind(types, name.encode(), _KIND_FUNC) > 0)
+        return bool(shared_library().btf__find_by_name_kind(types, name.encode(), _KIND_FUNC) > 0)
     if kind == "kprobe":
         return os.path.exists("/sys/bus/event_source/devices/kprobe")
     return True
@@ -167,7 +169,7 @@ class Map:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._library = library()
+        self._library = shared_library()
 
     def update(self, key: Any, value: Any, flags: int = BPF_ANY) -> bool:
         """Store; False where BPF_NOEXIST finds the key there.
@@ -213,7 +215,7 @@ class Links:
     def destroy(self) -> None:
         """Detach all; may take half a second (fexit), and may run in a thread. May be called twice."""
         while self._links:
-            library().bpf_link__destroy(self._links.pop())
+            shared_library().bpf_link__destroy(self._links.pop())
 
 
 class Object:
@@ -227,7 +229,7 @@ class Object:
     """
 
     def __init__(self, path: Path) -> None:
-        self._library = library()
+        self._library = shared_library()
         self._object = self._library.bpf_object__open_file(str(path).encode(), None)
         if not self._object:
             raise _error(f"cannot open {path}")
@@ -335,7 +337,7 @@ class Ring:
     """
 
     def __init__(self, map_fd: int, receive: Callable[[bytes], None], most: int = 4096) -> None:
-        self._library = library()
+        self._library = shared_library()
         self._left = self._most = most
 
         def sample(_context: int | None, data: int, size: int) -> int:

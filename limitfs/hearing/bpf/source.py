@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -136,7 +137,7 @@ def _billionths(amount: Amount | None) -> int:
 # Armed
 
 
-class _Armed:
+class _Armed(ABC):
     """What all of them have: watches, and what was told of each member."""
 
     guarantee = Guarantee.EXACT
@@ -172,14 +173,17 @@ class _Armed:
             self.disarm()
             raise
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Hand the watches to the kernel, and have the present judged."""
 
+    @abstractmethod
     def _remove(self) -> None:
-        raise NotImplementedError
+        """Take the watches back."""
 
+    @abstractmethod
     def _target_of(self, tgid: int, start: int) -> Target:
-        raise NotImplementedError
+        """Whom a record of the kernel is about."""
 
     # From the kernel
 
