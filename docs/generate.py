@@ -20,23 +20,25 @@ sys.path.insert(0, str(HERE.parent))
 
 from limitfs.hearing.reactor import Reactor  # noqa: E402
 from limitfs.hearing.sources import Hearing  # noqa: E402
-from limitfs.resources import RESOURCES  # noqa: E402
+from limitfs.resources import kinds, members  # noqa: E402
 from limitfs.resources.model import (  # noqa: E402
-    Collection,
+    Group,
     Level,
+    Partition,
+    Partitions,
     Process,
     Processes,
     Resource,
+    Several,
     System,
     Target,
     Thread,
     Threads,
 )
-from limitfs.resources.pressure import Pressure  # noqa: E402
 from limitfs.space import content  # noqa: E402
 from limitfs.space.table import RESOURCE, WATCHER, Dir, Entry, Link, walk  # noqa: E402
 
-FILES = ("pathname-space.md", "hearing.md", "man/limitfs.5")
+FILES = ("pathname-space.md", "each-or-sum.md", "hearing.md", "man/limitfs.5")
 
 _PART = re.compile(
     r"^(?P<begin>(?:<!-- |\.\\\" )generated: (?P<name>[a-z-]+)(?: -->)?\n)"
@@ -52,12 +54,6 @@ def filled(text: str) -> str:
 
 
 # What there is, whatever this kernel has
-
-
-def resources() -> list[Resource]:
-    """Every resource, also the pressures where this kernel keeps none."""
-    kept = [each for each in RESOURCES.values() if not isinstance(each, Pressure)]
-    return kept + [kind() for kind in Pressure.__subclasses__()]
 
 
 def places() -> list[tuple[str, Entry]]:
@@ -103,7 +99,7 @@ def _entries(entries: list[tuple[str, Entry]]) -> str:
 
 def resource_table() -> str:
     """Which resource is measured where."""
-    levels = (Level.THREAD, Level.PROCESS, Level.SYSTEM)
+    levels = tuple(Level)
     rows = [
         (
             f"`{each.name}`",
@@ -112,7 +108,7 @@ def resource_table() -> str:
             _yes(each.summable),
             each.help,
         )
-        for each in resources()
+        for each in kinds()
     ]
     return _table(("resource", "unit", *levels, "sum", "what it is"), *rows)
 
@@ -121,11 +117,28 @@ def _yes(so: bool) -> str:
     return "yes" if so else ""
 
 
+class _Some(Group):
+    """A group, whichever."""
+
+    name, number = "NAME", 0
+
+    def processes(self) -> list[Process]:
+        return []
+
+    def follow(self, joined: Callable[[Process], None], left: Callable[[Process], None]) -> Callable[[], None]:
+        del joined, left
+        return lambda: None
+
+
 # Who hears what
 
 _SOMEBODY = Process(0, 0)
+_SOMEWHERE = Partition("/", 0, 0)
 _TARGETS: tuple[tuple[str, Target, bool], ...] = (
     ("`system/`", System(), False),
+    ("`partition/` each", Partitions(), True),
+    ("`CGROUP/` sum", _SOMEWHERE, False),
+    ("`CGROUP/` each", Processes(_SOMEWHERE), True),
     ("`process/` each", Processes(), True),
     ("`process/` sum", Processes(), False),
     ("`process/PID/`", _SOMEBODY, False),
@@ -146,17 +159,53 @@ def hearing_table() -> str:
     def heard(resource: Resource, target: Target, each: bool) -> str:
         if target.level not in resource.levels or not (each or _can_total(resource, target)):
             return ""
-        return ", ".join(source.name for source in sources if source.hears(resource, target, each))
+        # Whether the kernel keeps a partition's number depends on the machine: else its processes are heard.
+        kinds = (target, Processes(target)) if isinstance(target, Partition) else (target,)
+        return ", ".join(
+            source.name for source in sources if any(source.hears(resource, kind, each) for kind in kinds)
+        )
 
     rows = [
         (f"`{resource.name}`", *(heard(resource, target, each) for _name, target, each in _TARGETS))
-        for resource in resources()
+        for resource in kinds()
     ]
     return _table(("resource", *(name for name, _target, _each in _TARGETS)), *rows)
 
 
 def _can_total(resource: Resource, target: Target) -> bool:
-    return resource.summable or not isinstance(target, Collection)
+    return resource.summable or not isinstance(target, Several)
+
+
+# What each and sum can be
+
+_EVERYWHERE: tuple[tuple[str, Target], ...] = (
+    ("`thread/TID/`", Thread(0, 0, 0)),
+    ("`thread/`", Threads(_SOMEBODY)),
+    ("`process/PID/`", _SOMEBODY),
+    ("`process/`", Processes()),
+    ("`group/NAME/`", Processes(_Some())),
+    ("`partition/CGROUP/`", _SOMEWHERE),
+    ("`partition/`", Partitions()),
+    ("`system/`", System()),
+)
+
+
+def modes_table() -> str:
+    """What `mode` can be for each resource on each path; the one that it starts with is bold."""
+
+    def modes(resource: Resource, target: Target) -> str:
+        if not (isinstance(target, Partition) or members.measured(resource, target)):
+            return ""
+        if target.level not in resource.levels and not resource.headcount:
+            return ""
+        each = members.has_members(resource, target)
+        total = resource.summable or not isinstance(target, Several)
+        first = "each" if members.starts_as_each(resource, target) else "sum"
+        found = [mode for mode, there in (("each", each), ("sum", total)) if there]
+        return " ".join(f"**{mode}**" if mode == first else mode for mode in found)
+
+    rows = [(f"`{each.name}`", *(modes(each, target) for _name, target in _EVERYWHERE)) for each in kinds()]
+    return _table(("resource", *(name for name, _target in _EVERYWHERE)), *rows)
 
 
 # Lists in mdoc
@@ -184,7 +233,7 @@ def manual_list(entries: list[tuple[str, Entry]]) -> str:
 def manual_resources() -> str:
     """Resources with their units, levels and limits."""
     lines = [".Bl -tag -width Ds\n"]
-    for each in resources():
+    for each in kinds():
         levels = ", ".join(level for level in Level if level in each.levels)
         lines.append(f".It Cm {each.name}\n{_sentence(each.help)}\nUnit: {each.unit}.\nMeasured for: {levels}.\n")
     return "".join([*lines, ".El\n"])
@@ -196,6 +245,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "watcher-files": lambda: _entries(directory(WATCHER)),
     "resources": resource_table,
     "hearing": hearing_table,
+    "modes": modes_table,
     "manual-places": lambda: manual_list(places()),
     "manual-resource-files": lambda: manual_list(directory(RESOURCE)),
     "manual-watcher-files": lambda: manual_list(directory(WATCHER)),

@@ -6,6 +6,7 @@ Every command ends with 0 for success, 1 for failure, 2 for wrong usage and 130 
 
 import contextlib
 import errno
+import faulthandler
 import logging
 import logging.handlers
 import os
@@ -19,9 +20,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from limitfs import __version__, mounting
+from limitfs import __version__, mounting, service
 from limitfs.errors import LimitsError
 from limitfs.mounting import Health, MountError
+from limitfs.rules import Fate
 
 if TYPE_CHECKING:
     from limitfs.options import Options
@@ -30,6 +32,8 @@ EXIT_TIMED_OUT = 124
 EXIT_INTERRUPTED = 130
 DEFAULT_LOG = "/var/log/limitfs.log"
 SYSLOG_SOCKET = "/dev/log"
+RELOAD_PATIENCE = 60.0
+"""Seconds; arming a thousand rules takes one or two."""
 
 EXIT_CODES = "Exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted."
 
@@ -90,8 +94,9 @@ def main() -> None:
 @click.argument("directory", metavar="DIR")
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, as for mount(8).")
 @click.option("-f", "--foreground", is_flag=True, help="Do not become a daemon; log to standard error.")
+@click.option("--mkdir", is_flag=True, help="Make DIR if it does not exist.")
 @click.option("-v", "--verbose", count=True, help="Log more: -v what happens, -vv everything.")
-def mount(directory: str, options: tuple[str, ...], foreground: bool, verbose: int) -> None:
+def mount(directory: str, options: tuple[str, ...], foreground: bool, mkdir: bool, verbose: int) -> None:
     """Mount limitfs at DIR, an existing directory.
 
     Returns when the mount answers, with a daemon behind it. The daemon logs to syslog; where there is none, to
@@ -106,17 +111,26 @@ def mount(directory: str, options: tuple[str, ...], foreground: bool, verbose: i
     """
     chosen = _parse_options(options)
     mountpoint = mounting.resolve(directory)
-    _make_way(mountpoint)
+    make_way(mountpoint, mkdir=mkdir)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     if foreground:
-        _log_to(logging.StreamHandler(), level)
+        _log_to(_foreground_handler(), level)
         _finish(_serve_here(mountpoint, chosen))
         return
-    log_file = os.path.abspath(chosen.log) if chosen.log else None
+    start(mountpoint, chosen, level)
+
+
+def start(mountpoint: str, options: "Options", level: int) -> None:
+    """Start a daemon for `mountpoint`, where nothing is in the way, and return when the mount answers.
+
+    Raises:
+        MountError: it cannot be mounted, or does not answer.
+    """
+    log_file = os.path.abspath(options.log) if options.log else None
 
     def run(ready: Callable[[], None]) -> int:
         _log_to(_daemon_handler(log_file), level)
-        return _serve(mountpoint, chosen, ready)
+        return _serve(mountpoint, options, ready)
 
     if said := mounting.launch(run):
         click.echo(f"limitfs: {said}", err=True)
@@ -137,8 +151,12 @@ def _parse_options(options: Iterable[str]) -> "Options":
         raise click.UsageError(mounting.explain(error)) from error
 
 
-def _make_way(mountpoint: str) -> None:
-    """See that limitfs can be mounted there, detaching what a dead daemon left."""
+def make_way(mountpoint: str, *, mkdir: bool = False) -> None:
+    """See that limitfs can be mounted there, detaching what a dead daemon left.
+
+    Raises:
+        MountError: it is mounted already, or this is no directory that one can mount at.
+    """
     while mounting.is_mounted(mountpoint):
         health, _ = mounting.ask(mountpoint)
         if health is Health.SILENT:
@@ -151,6 +169,8 @@ def _make_way(mountpoint: str) -> None:
         mounting.unmount(mountpoint, lazy=True)
         click.echo(f"limitfs: detached the mount that a dead daemon left at {mountpoint}", err=True)
     try:
+        if mkdir:
+            os.makedirs(mountpoint, exist_ok=True)
         if not stat.S_ISDIR(os.stat(mountpoint).st_mode):
             raise MountError(f"{mountpoint} is not a directory")
     except FileNotFoundError:
@@ -167,6 +187,8 @@ def _serve(mountpoint: str, options: "Options", ready: Callable[[], None]) -> in
 
 
 def _serve_here(mountpoint: str, options: "Options") -> int:
+    # The watchdog of a service manager sends SIGABRT: show where it hangs.
+    faulthandler.enable()
     try:
         return _serve(mountpoint, options, lambda: _log.info("mounted at %s", mountpoint))
     except Exception as error:
@@ -182,6 +204,14 @@ def _log_to(handler: logging.Handler, level: int) -> None:
     if handler.formatter is None:
         handler.setFormatter(logging.Formatter("%(asctime)s limitfs[%(process)d]: %(levelname)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def _foreground_handler() -> logging.Handler:
+    """Standard error; where that is the journal, with priorities instead of what the journal adds."""
+    handler = logging.StreamHandler()
+    if service.logs_to_journal():
+        handler.setFormatter(service.JournalFormatter())
+    return handler
 
 
 def _daemon_handler(log_file: str | None) -> logging.Handler:
@@ -210,12 +240,23 @@ def _syslog_handler() -> logging.Handler:
     return handler
 
 
+@main.command(
+    "mount-helper", hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True}
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def mount_helper(arguments: tuple[str, ...]) -> None:
+    """What mount.limitfs is: the helper of mount(8), with its arguments and exit codes."""
+    from limitfs import helper
+
+    _finish(helper.main(arguments))
+
+
 # --- umount
 
 
 @main.command(epilog=EXIT_CODES)
 @click.argument("directory", metavar="DIR")
-@click.option("-l", "--lazy", is_flag=True, help="Detach it now; it goes when the last user lets go.")
+@click.option("-l", "--lazy", is_flag=True, help="Also when it is busy: take it away from its users.")
 def umount(directory: str, lazy: bool) -> None:
     """Unmount limitfs from DIR.
 
@@ -252,6 +293,12 @@ def status(directory: str | None) -> None:
       limitfs status
       limitfs status /limits >/dev/null || limitfs mount /limits
     """
+    answers = [_show_mount(place) for place in _places(directory)]
+    _finish(0 if all(answers) else 1)
+
+
+def _places(directory: str | None) -> list[str]:
+    """The mount point that is meant, or all there are. Raises MountError where limitfs is not mounted."""
     places = list(dict.fromkeys(mount.mountpoint for mount in mounting.limitfs_mounts()))
     if directory is not None:
         wanted = mounting.resolve(directory)
@@ -260,8 +307,7 @@ def status(directory: str | None) -> None:
         places = [wanted]
     if not places:
         raise MountError("limitfs is not mounted", "mount it with `limitfs mount DIR`")
-    answers = [_show_mount(place) for place in places]
-    _finish(0 if all(answers) else 1)
+    return places
 
 
 def _show_mount(mountpoint: str) -> bool:
@@ -292,6 +338,68 @@ def doctor() -> None:
     for check in results:
         click.echo(str(check))
     _finish(1 if any(check.verdict is checks.Verdict.FAIL for check in results) else 0)
+
+
+# --- reload, check
+
+
+@main.command(epilog="Exit codes: 0 ok, 1 failed, or a rule was refused, 2 wrong usage, 130 interrupted.")
+@click.argument("directory", metavar="[DIR]", required=False)
+def reload(directory: str | None) -> None:
+    """Read the rules of limitfs.d again, and say what came of it.
+
+    At DIR, or at every mount of limitfs. New and changed rules are applied, those that went are taken back, and
+    the others are left alone. Prints what was done, and what was refused with file, line and reason.
+
+    \b
+    Examples:
+      limitfs check && limitfs reload
+      limitfs reload /limits
+    """
+    reports = [_reload(place) for place in _places(directory)]
+    _finish(0 if all(reports) else 1)
+
+
+def _reload(mountpoint: str) -> bool:
+    health, text = mounting.ask(
+        os.path.join(mountpoint, "rules"), text=True, command="reload", patience=RELOAD_PATIENCE
+    )
+    if health is Health.PRIVATE:
+        raise MountError(f"{mountpoint}: only root, or who mounted it, may reload the rules")
+    if health is not Health.ANSWERS:
+        raise MountError(f"{mountpoint} {health}")
+    lines = text.splitlines()
+    for line in lines:
+        if f": {Fate.KEPT}: " not in line:
+            click.echo(line)
+    return not any(f": {Fate.REFUSED}: " in line for line in lines)
+
+
+@main.command(epilog="Exit codes: 0 nothing is wrong, 1 something is, 2 wrong usage, 130 interrupted.")
+@click.argument("files", metavar="[FILE…]", nargs=-1, type=click.Path())
+def check(files: tuple[str, ...]) -> None:
+    """Check files of rules, without a mount.
+
+    Those named, or all that a mount would read. Says what is wrong, as file:line: reason, with the line and a
+    caret under the place. What depends on the machine, such as whether a partition exists, only a mount can tell.
+
+    \b
+    Examples:
+      limitfs check
+      limitfs check ./web.conf && cp web.conf /etc/limitfs.d && limitfs reload
+    """
+    from limitfs import rules
+    from limitfs.space import check as checks
+
+    found = rules.Rules()
+    if files:
+        rules.read(files, found)
+    else:
+        found = rules.load(rules.DIRECTORIES)
+    faults = list(checks.check(found))
+    for fault in faults:
+        click.echo(fault.pointed())
+    _finish(1 if faults else 0)
 
 
 # --- wait

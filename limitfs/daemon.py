@@ -3,30 +3,35 @@
 import contextlib
 import errno
 import logging
-import math
 import os
 import resource as rlimits
+import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyfuse3
 import trio
 
-from limitfs import __version__
+from limitfs import __version__, mounting, service
 from limitfs.errors import LimitsError
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.sources import Hearing
-from limitfs.options import Options
-from limitfs.resources import who
-from limitfs.resources.model import Processes, Resource, System, Target, Threads
+from limitfs.options import NONE, Options
+from limitfs.resources import members, who
+from limitfs.rules import plain
+from limitfs.selecting.groups import Groups
 from limitfs.space import eager
 from limitfs.space.births import BirthLog
 from limitfs.space.delivery import Delivery
 from limitfs.space.fuse import Operations
 from limitfs.space.house import House
 from limitfs.space.poke import Notifier
-from limitfs.space.tree import Tree
+from limitfs.space.recall import Recall
+from limitfs.space.ruling import Ruling
+from limitfs.space.shell import Shell
+from limitfs.space.tree import Node, Tree
+from limitfs.store import Store
 from limitfs.watching.registry import Registry
 from limitfs.watching.watcher import Surroundings
 
@@ -34,6 +39,8 @@ log = logging.getLogger(__name__)
 
 NICE = -10
 """See setpriority(2)."""
+PATIENCE = 0.3
+"""Seconds to look, at the end, for who still uses the mount."""
 
 
 def serve(mountpoint: str, options: Options, ready: Callable[[], None]) -> int:
@@ -55,13 +62,14 @@ def serve(mountpoint: str, options: Options, ready: Callable[[], None]) -> int:
     try:
         trio.run(daemon.run, ready)
     finally:
-        daemon.close()
-        pyfuse3.close(unmount=True)
+        daemon.let_go()
+        # Of one that was detached, somebody else's mount may have taken the place by now.
+        pyfuse3.close(unmount=not daemon.detached)
     return 0
 
 
 def _fuse_options(options: Options) -> set[str]:
-    chosen = set(pyfuse3.default_options) | {"fsname=limitfs", "subtype=limitfs"}
+    chosen = set(pyfuse3.default_options) | {"fsname=limitfs", "subtype=limitfs"} | options.flags
     chosen.discard("default_permissions")
     # The handlers check rights themselves, so that last_error can explain a refusal.
     return chosen | {"allow_other"} if options.allow_other else chosen
@@ -86,7 +94,11 @@ def _tells_something(record: logging.LogRecord) -> bool:
 
 
 class Daemon:
-    """Everything behind one mount."""
+    """Everything behind one mount.
+
+    Attributes:
+        detached: the mount was taken out of the tree of files while it was in use.
+    """
 
     def __init__(self, mountpoint: str, options: Options) -> None:
         self._started = time.time()
@@ -104,26 +116,51 @@ class Daemon:
         )
         registry.ended = delivery.ended
         births = BirthLog(self.hearing.connector, registry.surroundings, self.notifier.announce)
-        self.house = House(registry, delivery, options, self.facts, births, self.hearing)
+        groups = Groups(self.reactor, self.hearing.connector, self.hearing.deaths, options.max_groups)
+        self.house = House(registry, delivery, options, self.facts, births, self.hearing, groups)
         self.tree = Tree(self.house, time.time_ns())
         self.operations = Operations(self.tree, self.house)
+        self.store = Store(None if options.state == NONE else options.state, mountpoint, self._call_later)
+        self.house.recall = Recall(self._shell, self.house, self.store)
+        registry.changed = self.house.recall.watcher_changed
+        self.house.rules = Ruling(self._shell(0), _directories(options), self.store)
+        self.detached = False
+        self._terminated = False
+        self._unmounted = False
 
     def _surroundings(self) -> Surroundings:
         def call_at(when: float, callback: Callable[[], None]) -> Callable[[], None]:
             return self.reactor.call_at(when, callback).cancel
 
-        return Surroundings(self.reactor.now, time.time, who.describe, _whole, call_at)
+        return Surroundings(self.reactor.now, time.time, who.describe, members.whole, call_at)
+
+    def _call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        self.reactor.call_at(self.reactor.now() + seconds, callback)
+
+    def _shell(self, user: int) -> Shell:
+        return Shell(self.tree, user, _drop_name)
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve requests, sources and inotify until the mount ends."""
+        self.begin()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.reactor.run)
             nursery.start_soon(self.notifier.run)
-            nursery.start_soon(_terminate_on_signal)
+            nursery.start_soon(self._obey_signals)
+            nursery.start_soon(service.attend, self.notifier.mountpoint, self.status)
             ready()
             # One task is enough, and quickest: no handler ever waits.
             await pyfuse3.main(min_tasks=1, max_tasks=1)
+            self._unmounted = not self._terminated
             nursery.cancel_scope.cancel()
+
+    def begin(self) -> None:
+        """Set up what the daemon before had, and what the rules say, before anybody is served."""
+        self._follow_table()
+        found = self.store.open()
+        self.house.recall.restore(found)
+        self.house.rules.restore(found, self.house.recall.lost)
+        self.house.rules.reload()
 
     def facts(self) -> dict[str, object]:
         """What the root's `state` tells of the daemon."""
@@ -133,11 +170,70 @@ class Daemon:
             "uptime": f"{time.time() - self._started:.0f}",
             "requests": self.operations.requests,
             "wakeups": self.reactor.wakeups,
+            "hooks_full": self.hearing.full,
             "nodes": len(self.tree),
+            "options": self.house.options,
+            "rules": len(self.house.rules),
+            "kept": self.store.trouble or len(self.store),
         }
 
+    def status(self) -> str:
+        """The daemon in one line, for people."""
+        armed = sum(1 for watcher in self.house.registry if watcher.armed)
+        return f"{self.notifier.mountpoint} answers, {armed} armed"
+
+    # The end
+
+    async def _obey_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    self.house.rules.reload()
+                    continue
+                # Who types Ctrl-C means the mount, as with umount(8); a service manager may start us again.
+                self._terminated = number == signal.SIGTERM
+                self._say_who_holds()
+                pyfuse3.terminate()
+
+    def _say_who_holds(self) -> None:
+        """The mount goes all the same: who still has a file open gets ENOTCONN."""
+        holders = mounting.holders(self.notifier.mountpoint, patience=PATIENCE)
+        held = ", ".join(f"{holder.pid} ({plain(holder.comm)}) holds {plain(holder.path)}" for holder in holders)
+        if held:
+            log.warning("ended while in use: %s", held)
+
+    def _follow_table(self) -> None:
+        """Hear of `umount -l`: the kernel tells only of the end of the last open file."""
+        mount = mounting.top_mount(self.notifier.mountpoint)
+        if mount is None:
+            return
+        table = self._table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+
+        def look() -> None:
+            if all(other.device != mount.device for other in mounting.table()):
+                self.hearing.edges.remove(table)
+                self._detach()
+
+        self.hearing.edges.add(table, look, select.EPOLLPRI)
+
+    def _detach(self) -> None:
+        """Nobody can open anything any more; who has, must not keep the kernel's hooks in force."""
+        self.detached = True
+        if self.operations.open_files:
+            log.warning("unmounted while %d files were open: their users get ENOTCONN", self.operations.open_files)
+        pyfuse3.terminate()
+
+    def let_go(self) -> None:
+        """What must be done before the process ends.
+
+        Hooks, timers and triggers are descriptors, or the process' own: the kernel takes ten thousand of them back
+        in a moment, where to disarm each would take seconds.
+        """
+        self.store.close(forget=self._unmounted)
+
     def close(self) -> None:
-        """Disarm everything: no hook outlives the daemon."""
+        """Disarm everything, where the process goes on."""
+        self.let_go()
         for watcher in list(self.house.registry):
             try:
                 watcher.end()
@@ -147,16 +243,11 @@ class Daemon:
         self.reactor.close()
 
 
-def _whole(resource: Resource, target: Target) -> float:
-    """What 100 % is; of a collection, what it is for the thing whose parts it collects."""
-    if isinstance(target, Processes):
-        target = System()
-    if isinstance(target, Threads):
-        target = target.process
-    return resource.whole(target) if target.level in resource.levels else math.inf
+def _directories(options: Options) -> Sequence[str]:
+    return () if options.rules == NONE else options.rules.split(":")
 
 
-async def _terminate_on_signal() -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async for _number in signals:
-            pyfuse3.terminate()
+def _drop_name(node: Node) -> None:
+    """Have the kernel forget a name that it did not see go."""
+    if node.parent is not None and node.lookups:
+        pyfuse3.invalidate_entry_async(node.parent.ino, os.fsencode(node.name), ignore_enoent=True)

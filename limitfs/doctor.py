@@ -245,7 +245,7 @@ _CAPABILITIES = (
     (39, "CAP_BPF", "no kernel hooks: what they would hear exactly is sampled"),
     (38, "CAP_PERFMON", "no kernel hooks on tracepoints and probes"),
     (24, "CAP_SYS_RESOURCE", "limits cannot be raised, and pressure windows are multiples of 2 s"),
-    (12, "CAP_NET_ADMIN", "no process connector: births and deaths are found by sampling"),
+    (12, "CAP_NET_ADMIN", "before Linux 6.6 no process connector: births and deaths are found by sampling"),
 )
 
 

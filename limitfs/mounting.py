@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 FSTYPE = "fuse.limitfs"
@@ -47,6 +47,8 @@ class Mount:
     mountpoint: str
     fstype: str
     source: str
+    device: str = field(default="", compare=False)
+    """Major and minor number, the same for all mounts of one filesystem."""
 
 
 class Health(enum.StrEnum):
@@ -75,7 +77,7 @@ def parse_mountinfo(text: str) -> Iterator[Mount]:
         left, dash, right = line.partition(" - ")
         here, there = left.split(" "), right.split(" ")
         if dash and len(here) >= 6 and len(there) >= 2:
-            yield Mount(unescape(here[4]), unescape(there[0]), unescape(there[1]))
+            yield Mount(unescape(here[4]), unescape(there[0]), unescape(there[1]), here[2])
 
 
 def table(path: str = "/proc/self/mountinfo") -> list[Mount]:
@@ -116,9 +118,11 @@ def resolve(directory: str) -> str:
 # statvfs is never answered from a cache. Exit code: the errno, 0 for an answer.
 _QUESTION = """
 import os, sys
-path, wants_text = sys.argv[1:]
+path, wants_text, command = sys.argv[1:]
 try:
     os.statvfs(path)
+    if command:
+        os.write(os.open(path, os.O_WRONLY), command.encode())
     if wants_text:
         os.write(1, open(path, "rb").read(32768))
 except OSError as error:
@@ -133,12 +137,13 @@ _HEALTH = {
 }
 
 
-def ask(path: str, *, text: bool = False, patience: float = 2.0) -> tuple[Health, str]:
+def ask(path: str, *, text: bool = False, command: str = "", patience: float = 2.0) -> tuple[Health, str]:
     """Touch `path` from a child process.
 
     Args:
         path: the mount point, or a file below it.
         text: also read the file, up to 32 KiB.
+        command: is written to the file before.
         patience: seconds to wait for the answer.
 
     Returns:
@@ -147,7 +152,7 @@ def ask(path: str, *, text: bool = False, patience: float = 2.0) -> tuple[Health
     reader, writer = os.pipe()
     try:
         try:
-            child = _spawn_question(path, text, writer)
+            child = _spawn_question(path, text, command, writer)
         finally:
             os.close(writer)
         code = _exit_code(child, patience)
@@ -159,10 +164,10 @@ def ask(path: str, *, text: bool = False, patience: float = 2.0) -> tuple[Health
     return _HEALTH.get(code, Health.SILENT), answer.decode(errors="replace")
 
 
-def _spawn_question(path: str, text: bool, writer: int) -> int:
+def _spawn_question(path: str, text: bool, command: str, writer: int) -> int:
     # The child may outlive us in an uninterruptible wait: it must not hold our caller's pipes.
     quiet = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 2)]
-    argv = [sys.executable, "-I", "-S", "-c", _QUESTION, path, "1" if text else ""]
+    argv = [sys.executable, "-I", "-S", "-c", _QUESTION, path, "1" if text else "", command]
     actions = [*quiet, (os.POSIX_SPAWN_DUP2, writer, 1)]
     return os.posix_spawn(sys.executable, argv, os.environ, file_actions=actions)
 
@@ -408,5 +413,5 @@ def _who_holds(mountpoint: str) -> str:
     lines = [f"{holder.pid} ({holder.comm}) holds {holder.path}" for holder in holders(mountpoint)]
     if not lines and os.geteuid() != 0:
         lines = ["only root can see which processes of other users hold it"]
-    lines.append("end them, or detach it now with `limitfs umount --lazy`: it goes when the last of them lets go")
+    lines.append("end them, or take it away from them with `limitfs umount --lazy`")
     return "\n  ".join(lines)

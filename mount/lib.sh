@@ -98,9 +98,10 @@ need_fuse() {
     [ -c /dev/fuse ] || die "there is no /dev/fuse" "load the module fuse; in a container, add --device /dev/fuse"
 }
 
-# parse_arguments ARGUMENT…: what mount/up and mount/down have in common; sets at, venv, and purge where allowed
+# parse_arguments ARGUMENT…: what mount/up and mount/down have in common; sets at, boot, venv, and purge where allowed
 parse_arguments() {
     at=/limits
+    boot=
     purge=
     while [ $# -gt 0 ]; do
         case $1 in
@@ -110,6 +111,7 @@ parse_arguments() {
             shift
             ;;
         --at=*) at=${1#--at=} ;;
+        --boot) boot=yes ;;
         --purge)
             [ "${may_purge-}" ] || wrong "unknown argument: $1"
             purge=yes
@@ -157,5 +159,35 @@ canonical() {
 # the command, and the record of the mount points that mount/up made
 link=/usr/local/bin/limitfs
 # the manual, below share/ of the virtual environment and of /usr/local
-pages='man/man5/limitfs.5 man/man8/limitfs.8'
+pages='man/man5/limitfs.5 man/man5/limitfs.d.5 man/man8/limitfs.8 man/man8/mount.limitfs.8'
 made=/var/lib/limitfs/made
+
+# what mounts it when the machine starts
+helper=/usr/sbin/mount.limitfs
+remount_helper=/usr/sbin/mount.fuse.limitfs
+unit=/etc/systemd/system/limitfs.service
+script=/etc/init.d/limitfs
+settings=/etc/default/limitfs
+shipped_rules=/usr/lib/limitfs.d
+own_rules=/etc/limitfs.d
+
+has_package() { [ -z "$(absent limitfs)" ]; }
+runs_systemd() { [ -d /run/systemd/system ]; }
+
+is_mounted() { mount_entry "$at" | grep -qF ' - fuse.limitfs '; }
+
+# unmount_limitfs: gently, or else detach it
+unmount_limitfs() {
+    if [ -x "$venv/bin/limitfs" ]; then
+        "$venv/bin/limitfs" umount "$at" || detach "$venv/bin/limitfs" umount --lazy
+    else
+        umount -c "$at" || detach umount -c -l
+    fi
+    say "limitfs is unmounted from $at"
+}
+
+detach() {
+    ! is_mounted && return
+    say "detaching it: who still uses it gets an error"
+    "$@" "$at"
+}

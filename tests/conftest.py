@@ -17,6 +17,9 @@ import pytest
 PATIENCE = float(os.environ.get("LIMITFS_PATIENCE", 30))
 """Seconds to wait for what must happen; a test that needs them fails. An emulated machine is slow."""
 
+EXCURSIONS = int(os.environ.get("LIMITFS_EXCURSIONS", 10_000))
+"""How often a threshold is reached and left, to miss none; a multiple of 4. An emulated machine takes fewer."""
+
 NOBODY = 65534
 
 
@@ -74,6 +77,8 @@ def mounted(directory: Path, *options: str) -> Iterator[Mount]:
     # What tests/vm takes the daemon's privileges with.
     command = shlex.split(os.environ.get("LIMITFS_TEST_DAEMON", ""))
     command += [sys.executable, "-m", "limitfs", "mount", str(root), "--foreground"]
+    # The rules of this machine are none of the tests' business.
+    command += ["-o", f"rules=none,state={directory / 'state'}"]
     for option in options:
         command += ["-o", option]
     with log.open("wb") as stderr:

@@ -1,8 +1,8 @@
 """Births, deaths and changes of processes and threads: the kernel's proc connector.
 
-The kernel sends a message for every fork, exec, exit, change of user and of name, after the fact: whoever was
-born is in /proc, whoever exited is a zombie or gone. See Documentation/driver-api/connector.rst and
-linux/cn_proc.h. Needs CAP_NET_ADMIN and the initial namespaces.
+The kernel sends a message for every fork, exec, exit, change of user, group and name, after the fact: whoever
+was born is in /proc, whoever exited is a zombie or gone. See Documentation/driver-api/connector.rst and
+linux/cn_proc.h. Needs the initial namespaces, and before Linux 6.6 CAP_NET_ADMIN.
 
 A socket filter drops in the kernel what nobody wants, above all the threads of other processes. Messages that
 do not fit into the socket's buffer are lost; that is told as `Lost`, after all that came before it.
@@ -33,6 +33,7 @@ class Kind(enum.IntEnum):
     FORK = 0x1
     EXEC = 0x2
     UID = 0x4
+    GID = 0x40
     COMM = 0x200
     EXIT = 0x80000000
 
@@ -57,6 +58,16 @@ class Exec(NamedTuple):
 
 class Uid(NamedTuple):
     """A thread has another user now."""
+
+    time_ns: int
+    tid: int
+    pid: int
+    real: int
+    effective: int
+
+
+class Gid(NamedTuple):
+    """A thread has another group now."""
 
     time_ns: int
     tid: int
@@ -94,7 +105,7 @@ class Lost(NamedTuple):
     messages: int
 
 
-Event = Fork | Exec | Uid | Comm | Exit | Lost
+Event = Fork | Exec | Uid | Gid | Comm | Exit | Lost
 EventCallback = Callable[[Event], None]
 
 # The message: struct nlmsghdr (16 bytes), cn_msg (20), proc_event (16 and the data).
@@ -120,7 +131,7 @@ _HEAD = struct.Struct("=IIQ")
 _DATA = 52
 _FORK = struct.Struct("=IIII")
 _PAIR = struct.Struct("=II")
-_UID = struct.Struct("=IIII")
+_IDS = struct.Struct("=IIII")
 _COMM = struct.Struct("=II16s")
 _EXIT = struct.Struct("=IIIiII")
 
@@ -139,7 +150,9 @@ def _parse(message: bytes | bytearray | memoryview) -> Event | None:
         tid, pid, comm = _COMM.unpack_from(message, _DATA)
         return Comm(time_ns, tid, pid, comm.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
     if what == Kind.UID:
-        return Uid(time_ns, *_UID.unpack_from(message, _DATA))
+        return Uid(time_ns, *_IDS.unpack_from(message, _DATA))
+    if what == Kind.GID:
+        return Gid(time_ns, *_IDS.unpack_from(message, _DATA))
     return None
 
 
@@ -147,6 +160,7 @@ _KIND_OF: dict[type[Event], Kind] = {
     Fork: Kind.FORK,
     Exec: Kind.EXEC,
     Uid: Kind.UID,
+    Gid: Kind.GID,
     Comm: Kind.COMM,
     Exit: Kind.EXIT,
 }
@@ -361,7 +375,7 @@ class Connector:
             for subscription in self._subscriptions():
                 subscription.tell(Lost(1))
 
-    def _tell(self, event: Fork | Exec | Uid | Comm | Exit | Lost) -> None:
+    def _tell(self, event: Event) -> None:
         assert not isinstance(event, Lost)
         kind = _KIND_OF[type(event)]
         leader = event.tid == event.pid

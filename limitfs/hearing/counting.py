@@ -10,7 +10,7 @@ from typing import ClassVar
 from limitfs.errors import Gone, LimitsError
 from limitfs.hearing.connector import Connector, Event, Exec, Exit, Fork, Kind, Lost
 from limitfs.hearing.deaths import Deaths
-from limitfs.hearing.membership import ProcessMembers
+from limitfs.hearing.membership import Membership
 from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Armed, Guarantee, Listener, Refused, Want
 from limitfs.resources import procfs
@@ -255,18 +255,18 @@ def _exists(pid: int) -> bool:
 
 
 class EachThreads(Counted):
-    """How many threads each process has."""
+    """How many threads each of some processes has."""
 
-    def __init__(self, connector: Connector, deaths: Deaths, listener: Listener) -> None:
+    def __init__(
+        self, connector: Connector, membership: Membership, processes: Processes, listener: Listener
+    ) -> None:
         super().__init__()
         self._listener = listener
         self._processes: dict[int, tuple[Process, _ThreadSet]] = {}
-        members = ProcessMembers(connector, deaths, self)
         try:
             kinds = {Kind.FORK, Kind.EXEC, Kind.EXIT}
             self._undo.callback(connector.subscribe(self._hear, kinds, threads=True).close)
-            self._undo.callback(members.close)
-            members.start()
+            self._undo.callback(membership.follow(processes, self))
         except BaseException:
             self.disarm()
             raise
@@ -304,34 +304,35 @@ class EachThreads(Counted):
 
 
 class ConnectorSource:
-    """Hears `threads` of a process, of every process and of the machine, and `processes`: also every change."""
+    """Hears `threads` of a process, of each of some and of the machine, and `processes`: also every change."""
 
     name: ClassVar[str] = "connector"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     cost: ClassVar[str] = "a message for each birth and death that somebody wants to hear"
 
-    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths) -> None:
+    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths, membership: Membership) -> None:
         self._reactor = reactor
         self._connector = connector
         self._deaths = deaths
+        self._membership = membership
 
     def missing(self) -> str | None:
         """See `Connector.missing`."""
         return self._connector.missing()
 
     def hears(self, resource: Resource, target: Target, each: bool) -> bool:
-        """`processes` of the machine; `threads` of the machine, of a process and of every process."""
+        """`processes` of the machine; `threads` of the machine, of a process and of each of some."""
         if resource.name == "processes":
             return isinstance(target, System) and not each
         if resource.name != "threads":
             return False
-        return isinstance(target, System | Processes) if each else isinstance(target, System | Process)
+        return isinstance(target, Processes if each else System | Process)
 
     def arm(self, want: Want, listener: Listener) -> Armed:
         """Take a snapshot, and count on from there. Raises Refused, Gone."""
-        if want.each:
-            return EachThreads(self._connector, self._deaths, listener)
         match want.target:
+            case Processes() as processes:
+                return EachThreads(self._connector, self._membership, processes, listener)
             case Process() as process:
                 return ProcessThreads(self._connector, self._deaths, process, listener)
             case System() as system:

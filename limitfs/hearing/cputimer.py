@@ -19,14 +19,13 @@ from typing import ClassVar
 
 from limitfs.errors import Gone
 from limitfs.hearing import syscalls
-from limitfs.hearing.connector import Connector
 from limitfs.hearing.deaths import Deaths
-from limitfs.hearing.membership import ProcessMembers
+from limitfs.hearing.membership import Membership
 from limitfs.hearing.meter import NAMES, Clock, Metered, refuse_unheard
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.source import Guarantee, Listener, Refused, Want
 from limitfs.resources import procfs
-from limitfs.resources.model import Measured, Process, Processes, Resource, System, Target
+from limitfs.resources.model import Measured, Process, Processes, Resource, Target
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ class CpuTimers:
 
 
 class CpuTimerSource:
-    """Hears `cputime` and `cpu` of a process, and of every process.
+    """Hears `cputime` and `cpu` of a process, and of every process: of the machine, a partition, a group.
 
     `cputime` rings at the level. `cpu` rings at the latest when the window holds 6.25 % more than the level,
     and no earlier than 3.125 % below it (see limitfs/hearing/window.py); both bounds are wider for windows in
@@ -203,11 +202,11 @@ class CpuTimerSource:
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     cost: ClassVar[str] = "nothing while idle; up to 32 wake-ups per window's worth of CPU time"
 
-    def __init__(self, reactor: Reactor, timers: CpuTimers, deaths: Deaths, connector: Connector) -> None:
+    def __init__(self, reactor: Reactor, timers: CpuTimers, deaths: Deaths, membership: Membership) -> None:
         self._reactor = reactor
         self._timers = timers
         self._deaths = deaths
-        self._connector = connector
+        self._membership = membership
 
     def missing(self) -> str | None:
         """None where a timer on our own clock, looked at from outside, can be made."""
@@ -221,7 +220,7 @@ class CpuTimerSource:
         """`cpu` and `cputime`, of one process or of each."""
         if resource.name not in NAMES:
             return False
-        return isinstance(target, System | Processes) if each else isinstance(target, Process)
+        return isinstance(target, Processes if each else Process)
 
     def arm(self, want: Want, listener: Listener) -> Metered:
         """Set the timers.
@@ -235,7 +234,8 @@ class CpuTimerSource:
         armed = Metered(
             self.name, self._reactor, want, listener, self._open_clock, parallel=float(os.cpu_count() or 1)
         )
-        return armed.begin(self._follow_each if want.each else lambda armed: self._follow_one(want, armed))
+        follow = self._follow_each if want.each else self._follow_one
+        return armed.begin(lambda armed: follow(want, armed))
 
     def _open_clock(self, member: Measured, callback: Callback) -> Clock:
         assert isinstance(member, Process)
@@ -253,7 +253,6 @@ class CpuTimerSource:
             armed.add(process)
             return undo.pop_all().close
 
-    def _follow_each(self, armed: Metered) -> Callback:
-        members = ProcessMembers(self._connector, self._deaths, armed)
-        members.start()
-        return members.close
+    def _follow_each(self, want: Want, armed: Metered) -> Callback:
+        assert isinstance(want.target, Processes)
+        return self._membership.follow(want.target, armed)

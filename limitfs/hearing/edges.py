@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from limitfs.hearing import syscalls
 from limitfs.hearing.reactor import Reactor
+from limitfs.hearing.slowly import Slowly
 
 Callback = Callable[[], None]
 
@@ -23,9 +24,13 @@ class Edges:
 
     A callback may come once too often, when the number of a closed descriptor is used again: look, do not
     count.
+
+    Attributes:
+        slowly: for descriptors that take long to close.
     """
 
     def __init__(self, reactor: Reactor) -> None:
+        self.slowly = Slowly(reactor)
         self._reactor = reactor
         self._callbacks: dict[int, Callback] = {}
         self._listener: _Listener | None = None

@@ -1,20 +1,28 @@
 """Which processes or threads there are, present and future: what every source that hears `each` stands on.
 
 Births and ends come from the proc connector, the present from /proc; the two overlap, and are put together so
-that each member is told once.
+that each member is told once. There is no message when a process moves to another partition: who is in it is
+looked at again every few seconds, and at once where somebody else has heard of the move.
 """
 
 import logging
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from limitfs.errors import Gone, LimitsError
 from limitfs.hearing.connector import Connector, Event, Exec, Exit, Fork, Kind, Lost, Subscription
 from limitfs.hearing.deaths import Death, Deaths
+from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Refused
-from limitfs.resources import procfs
-from limitfs.resources.model import Process, Thread
+from limitfs.resources import cgroups, procfs
+from limitfs.resources.model import Group, Partition, Process, Processes, Thread
 
 log = logging.getLogger(__name__)
+
+Callback = Callable[[], None]
+
+LOOK = 2.0
+"""Seconds between two looks at who is in a partition."""
 
 
 class Owner(Protocol):
@@ -41,6 +49,51 @@ class ThreadOwner(Protocol):
 
     def lost(self, count: int, /) -> None:
         """See `Owner`."""
+
+
+class Membership:
+    """Who belongs to a collection of processes: of the machine, of a partition, of a group."""
+
+    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths) -> None:
+        self._connector = connector
+        self._deaths = deaths
+        self._residents = Residents(reactor, connector, deaths)
+
+    def follow(self, processes: Processes, owner: Owner) -> Callback:
+        """Tell an owner of those that are there, then of those that come and go; returns what ends that.
+
+        Raises:
+            Refused: births cannot be heard; also what `Owner.born` raises.
+            Gone: the partition was removed.
+        """
+        match processes.of:
+            case Partition() as partition:
+                return self._residents.follow(partition, owner)
+            case Group() as group:
+                return _follow_group(group, owner)
+        members = ProcessMembers(self._connector, self._deaths, owner)
+        members.start()
+        return members.close
+
+    def moved(self, process: Process) -> None:
+        """Somebody has heard that a process belongs to another partition now."""
+        self._residents.moved(process)
+
+
+def _follow_group(group: Group, owner: Owner) -> Callback:
+    refusals: list[Refused] = []
+
+    def joined(process: Process) -> None:
+        try:
+            owner.born(process)
+        except Refused as refusal:
+            refusals.append(refusal)
+
+    end = group.follow(joined, owner.ended)
+    if refusals:
+        end()
+        raise refusals[0]
+    return end
 
 
 class ProcessMembers:
@@ -71,6 +124,10 @@ class ProcessMembers:
         for death in self._lingering.values():
             death.cancel()
         self._lingering.clear()
+
+    def find(self, pid: int) -> Process | None:
+        """The process of that number, if it was told as born and has not ended."""
+        return self._known.get(pid)
 
     def _hear(self, event: Event) -> None:
         match event:
@@ -124,6 +181,163 @@ class ProcessMembers:
         process = self._known.pop(pid, None)
         if process is not None:
             self._owner.ended(process)
+
+
+_Place = tuple[int, str]
+"""A hierarchy (its device), and a path in it."""
+
+
+class _Follower:
+    """One who follows one partition. Raises Gone."""
+
+    def __init__(self, partition: Partition, owner: Owner) -> None:
+        self.partition = partition
+        self.owner = owner
+        self.place: _Place = cgroups.home(partition).device, partition.path
+        self.members: dict[int, Process] = {}
+
+
+class Residents:
+    """Tells owners of the processes of partitions, with all below: births, ends, and moves."""
+
+    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths) -> None:
+        self._reactor = reactor
+        self._connector = connector
+        self._deaths = deaths
+        self._followers: dict[_Place, list[_Follower]] = {}
+        self._following: dict[int, list[_Follower]] = {}
+        self._everyone: ProcessMembers | None = None
+        self._timer: Timer | None = None
+
+    def follow(self, partition: Partition, owner: Owner) -> Callback:
+        """See `Membership.follow`."""
+        follower = _Follower(partition, owner)
+        self._begin()
+        self._followers.setdefault(follower.place, []).append(follower)
+        try:
+            self._look_at(follower)
+        except BaseException:
+            self._forget(follower)
+            raise
+        return lambda: self._forget(follower)
+
+    def moved(self, process: Process) -> None:
+        """See `Membership.moved`."""
+        if self._find(process.pid) == process:
+            self._settle(process)
+
+    # The owner of everyone
+
+    def born(self, member: Process) -> None:
+        """A process is there."""
+        if self._followers:  # at first nobody follows yet, and then looks for himself
+            self._settle(member)
+
+    def ended(self, member: Process) -> None:
+        """A process is no more."""
+        for follower in list(self._following.get(member.pid, ())):
+            self._leave(follower, member.pid)
+
+    def lost(self, count: int) -> None:
+        """Messages were lost."""
+        for follower in self._all():
+            follower.owner.lost(count)
+
+    # Who follows
+
+    def _begin(self) -> None:
+        if self._everyone is None:
+            everyone = ProcessMembers(self._connector, self._deaths, self)
+            everyone.start()
+            self._everyone = everyone
+            self._look_later()
+
+    def _forget(self, follower: _Follower) -> None:
+        there = self._followers.get(follower.place, [])
+        if follower not in there:
+            return
+        there.remove(follower)
+        if not there:
+            del self._followers[follower.place]
+        for pid in list(follower.members):
+            self._take_out(follower, pid)
+        if not self._followers and self._everyone is not None:
+            self._everyone.close()
+            self._everyone = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _all(self) -> list[_Follower]:
+        return [follower for there in self._followers.values() for follower in there]
+
+    # Who belongs
+
+    def _find(self, pid: int) -> Process | None:
+        """None for one that has just been born, which will be told, and for a zombie, which has ended."""
+        return self._everyone.find(pid) if self._everyone is not None else None
+
+    def _settle(self, process: Process) -> None:
+        """Have a process where it belongs, and nowhere else."""
+        try:
+            here = [follower for place in _places(process.pid) for follower in self._followers.get(place, ())]
+        except LimitsError:
+            return  # it ended: that is told
+        for follower in [one for one in self._following.get(process.pid, ()) if one not in here]:
+            self._leave(follower, process.pid)
+        for follower in here:
+            self._join(follower, process)
+
+    def _join(self, follower: _Follower, process: Process) -> None:
+        forgotten = follower not in self._followers.get(follower.place, ())
+        if process.pid in follower.members or forgotten:
+            return
+        follower.members[process.pid] = process
+        self._following.setdefault(process.pid, []).append(follower)
+        follower.owner.born(process)
+
+    def _leave(self, follower: _Follower, pid: int) -> None:
+        process = self._take_out(follower, pid)
+        if process is not None:
+            follower.owner.ended(process)
+
+    def _take_out(self, follower: _Follower, pid: int) -> Process | None:
+        process = follower.members.pop(pid, None)
+        if process is not None:
+            self._following[pid].remove(follower)
+            if not self._following[pid]:
+                del self._following[pid]
+        return process
+
+    def _look_later(self) -> None:
+        self._timer = self._reactor.call_at(self._reactor.now() + LOOK, self._look_around)
+
+    def _look_around(self) -> None:
+        self._look_later()
+        for follower in self._all():
+            self._look_at(follower)
+
+    def _look_at(self, follower: _Follower) -> None:
+        """Compare with what the kernel lists."""
+        try:
+            listed = set(cgroups.pids(follower.partition))
+        except LimitsError:
+            listed = set()  # removed, so it is empty
+        for pid in follower.members.keys() - listed:
+            self._leave(follower, pid)
+        for pid in listed - follower.members.keys():
+            process = self._find(pid)
+            if process is not None:
+                self._join(follower, process)
+
+
+def _places(pid: int) -> Iterator[_Place]:
+    """Where a process belongs, and all that this is below. Raises Gone."""
+    for hierarchy, path in cgroups.places(pid):
+        yield hierarchy.device, path
+        while path != cgroups.ROOT:
+            path = path.rpartition("/")[0] or cgroups.ROOT
+            yield hierarchy.device, path
 
 
 class ThreadMembers:

@@ -9,14 +9,16 @@ import math
 import os
 import select
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from limitfs.errors import LimitsError
+from limitfs.hearing.eachpartition import EachPartition
 from limitfs.hearing.edges import Edges
 from limitfs.hearing.reactor import Reactor, Timer
-from limitfs.hearing.source import Guarantee, Listener, Refused, Want
+from limitfs.hearing.source import Armed, Guarantee, Listener, Refused, Want
 from limitfs.hearing.window import RateWindow
-from limitfs.resources.model import Measured, Resource, System, Target
+from limitfs.resources.model import Measured, Partition, Partitions, Resource, System, Target
 from limitfs.resources.pressure import CpuPressure, IoPressure, MemoryPressure, Pressure
 
 Callback = Callable[[], None]
@@ -54,7 +56,7 @@ class PsiTrigger:
         self._undo = contextlib.ExitStack()
         try:
             self._fd = _open(path, kind, stall_us, window_us)
-            self._undo.callback(os.close, self._fd)
+            self._undo.callback(edges.slowly.call, partial(os.close, self._fd))
             edges.add(self._fd, callback, select.EPOLLPRI)
             self._undo.callback(edges.remove, self._fd)
         except BaseException:
@@ -98,7 +100,7 @@ class Pressed:
 
     def __init__(self, reactor: Reactor, edges: Edges, want: Want, listener: Listener) -> None:
         assert isinstance(want.resource, Pressure)
-        assert isinstance(want.target, System)
+        assert isinstance(want.target, System | Partition)
         self._reactor = reactor
         self._want = want
         self._listener = listener
@@ -112,7 +114,7 @@ class Pressed:
         # More than this in a longer window means as much in a window of this length within it.
         length = min(self._length, LONGEST)
         self._trigger = PsiTrigger(
-            edges, want.resource.path, "some", *_microseconds(self._level, length), self._fired
+            edges, want.resource.file(want.target), "some", *_microseconds(self._level, length), self._fired
         )
         try:
             self._first_look()
@@ -200,15 +202,16 @@ def _microseconds(level: float, window: float) -> tuple[int, int]:
 
 
 class PsiSource:
-    """Hears the pressures of the machine rise."""
+    """Hears the pressures of the machine, of a partition and of each rise."""
 
     name: ClassVar[str] = "psi"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     cost: ClassVar[str] = "the kernel looks ten times per window while something stalls"
 
-    def __init__(self, reactor: Reactor, edges: Edges) -> None:
+    def __init__(self, reactor: Reactor, edges: Edges, each: EachPartition) -> None:
         self._reactor = reactor
         self._edges = edges
+        self._each = each
 
     def missing(self) -> str | None:
         """None where a trigger with the default window is taken for some pressure."""
@@ -223,10 +226,10 @@ class PsiSource:
         return reasons[0]
 
     def hears(self, resource: Resource, target: Target, each: bool) -> bool:
-        """A pressure of the machine."""
-        return isinstance(resource, Pressure) and isinstance(target, System) and not each
+        """A pressure of the machine, of one partition or of each."""
+        return isinstance(resource, Pressure) and isinstance(target, Partitions if each else System | Partition)
 
-    def arm(self, want: Want, listener: Listener) -> Pressed:
+    def arm(self, want: Want, listener: Listener) -> Armed:
         """Write the trigger.
 
         Raises:
@@ -234,4 +237,6 @@ class PsiSource:
         """
         if not want.condition.upward:
             raise Refused("a trigger tells of rising pressure only")
+        if want.each:
+            return self._each.arm(self, want, listener)
         return Pressed(self._reactor, self._edges, want, listener)

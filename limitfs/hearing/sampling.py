@@ -12,14 +12,14 @@ watcher was armed can tell nothing below it, and then the guarantee is only "sam
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from limitfs.errors import Gone, LimitsError, Unsupported
 from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Guarantee, Listener, Refused, Want
-from limitfs.resources import members
-from limitfs.resources.model import Measured, Process, Processes, Resource, Target
+from limitfs.resources import members, procfs
+from limitfs.resources.model import Measured, Partition, Partitions, Process, Processes, Resource, Target, Thread
 
 SHORTEST = 0.1
 """Seconds; a level that is about to be reached is looked at this often."""
@@ -37,34 +37,51 @@ class Sampled:
     def __init__(self, source: str, reactor: Reactor, want: Want, listener: Listener, peaks: bool) -> None:
         self.source = source
         self.period: float | None = SHORTEST
-        self.guarantee = Guarantee.PEAK if peaks else Guarantee.SAMPLED
         self._reactor = reactor
         self._want = want
         self._listener = listener
         self._timer: Timer | None = None
         self._values: dict[Target, float] = {}
+        self._marked = peaks
         self._peaks: dict[Target, float] = {}
-        self._marks: deque[tuple[float, dict[Measured, float]]] = deque()
+        # Members whose mark tells nothing: it was past the level before, or the kernel keeps none.
+        self._blind: set[Target] = set()
+        self._growth = _Growth(self._window())
         self._last = reactor.now()
         self._started = self._last
+        # The last look, on the clock of births; 0: there was none.
+        self._looked = 0.0
         self._disarmed = False
         self._look()
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What the marks are good for, of all members."""
+        return Guarantee.PEAK if self._marked and not self._blind else Guarantee.SAMPLED
 
     def disarm(self) -> None:
         """Stop looking."""
         self._disarmed = True
+        self._stop_timer()
+        self._values.clear()
+        self._peaks.clear()
+
+    def look_now(self) -> None:
+        """Look at once: somebody was told that something happened."""
+        if not self._disarmed:
+            self._stop_timer()
+            self._look()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._values.clear()
-        self._peaks.clear()
-        self._marks.clear()
 
     # One look
 
     def _look(self) -> None:
         self._timer = None
-        now = self._reactor.now()
+        now, uptime = self._reactor.now(), procfs.uptime()
         try:
             period = self._report(dict(self._read(now)), max(now - self._last, 1e-6))
         except Gone:
@@ -72,7 +89,7 @@ class Sampled:
             return
         except Unsupported:
             period = LONGEST  # what cannot be told just now (a running thread's stack) may be told later
-        self._last = now
+        self._last, self._looked = now, uptime
         if self._disarmed:
             return  # the listener had enough while it was told (once)
         self.period = period
@@ -100,11 +117,12 @@ class Sampled:
             if self._want.each and not (self._want.resource.rate and member == self._want.target):
                 del self._values[member]
                 self._peaks.pop(member, None)
+                self._blind.discard(member)
                 self._listener.gone(member)
         return period
 
     def _report_one(self, member: Target, value: float, elapsed: float) -> float:
-        level, _clear = self._want.levels(member)  # type: ignore[arg-type]
+        level, _clear = self._want.levels(member)
         self._report_peak(member, value, level)
         before = self._values.get(member)
         self._values[member] = value
@@ -124,17 +142,21 @@ class Sampled:
     # High-water marks
 
     def _report_peak(self, member: Target, value: float, level: float) -> None:
-        if self.guarantee is not Guarantee.PEAK and member not in self._peaks:
+        if not self._marked:
             return
-        peak = self._want.resource.peak(member)  # type: ignore[arg-type]
+        beyond, before = self._want.condition.beyond, self._peaks.get(member)
+        peak = _mark(self._want.resource, member)
         if peak is None:
+            self._blind.add(member)
             return
-        before = self._peaks.get(member)
         self._peaks[member] = peak
-        if before is None:
-            if self._want.condition.beyond(peak, level) and not self._want.condition.beyond(value, level):
-                self.guarantee = Guarantee.SAMPLED
-        elif peak > before and not self._want.condition.beyond(value, level):
+        spiked = beyond(peak, level) and not beyond(value, level)
+        if before is None and spiked and not self._is_new(member):
+            self._blind.add(member)  # that was before we looked, and hides what comes
+            return
+        if before is None or peak < before:  # it begins anew at exec
+            self._blind.discard(member)
+        if spiked and peak != before:
             self._listener.reading(member, peak)
 
     # Rates
@@ -146,22 +168,64 @@ class Sampled:
 
     def _rates(self, now: float) -> Iterator[tuple[Target, float]]:
         """Percent over the window that ends now, of each member or of all together."""
-        want, window = self._want, self._window()
-        counters = members.counters(want.resource, want.target)
-        marks = self._marks
-        marks.append((now, counters))
-        while len(marks) > 2 and marks[1][0] <= now - window:
-            marks.popleft()
-        if now - self._started < window and not want.condition.upward:
+        want, growth = self._want, self._growth
+        growth.add(now, members.counters(want.resource, want.target), self._is_new)
+        if now - self._started < growth.window and not want.condition.upward:
             return  # "less than" cannot be known before a whole window has passed
-        begun, first = marks[0]
-        # A member that is new since then counts from zero.
-        grown = {member: max(0.0, counter - first.get(member, 0.0)) for member, counter in counters.items()}
-        span = max(window, now - begun) / 100
         if want.each:
-            yield from ((member, seconds / span) for member, seconds in grown.items())
+            yield from growth.each()
         else:
-            yield want.target, sum(grown.values()) / span
+            yield want.target, growth.total()
+
+    def _is_new(self, member: Target) -> bool:
+        """Whether a member that was not there at the last look has begun since; else it moved here."""
+        if not self._looked:
+            return False
+        return not isinstance(member, Process | Thread) or (member.start + 1) / procfs.TICKS > self._looked
+
+
+class _Growth:
+    """How much counters have grown over a sliding window, in percent of it.
+
+    What a member had consumed before it came is not counted, what it consumed while it was there is, also when it
+    has left or ended meanwhile.
+    """
+
+    def __init__(self, window: float) -> None:
+        self.window = window
+        self._counters: dict[Measured, float] = {}
+        self._grown: dict[Measured, float] = {}
+        self._sum = 0.0
+        # When, the sum, and what each had consumed since it came.
+        self._marks: deque[tuple[float, float, dict[Measured, float]]] = deque()
+
+    def add(self, now: float, counters: dict[Measured, float], is_new: Callable[[Measured], bool]) -> None:
+        """Take in the counters of all members; `is_new` tells of one that began at zero since the last time."""
+        grown = {}
+        for member, counter in counters.items():
+            before = self._counters.get(member)
+            if before is None:
+                before = 0.0 if is_new(member) else counter
+            more = max(0.0, counter - before)
+            grown[member] = self._grown.get(member, 0.0) + more
+            self._sum += more
+        self._counters, self._grown = counters, grown
+        self._marks.append((now, self._sum, grown))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - self.window:
+            self._marks.popleft()
+
+    def each(self) -> Iterator[tuple[Measured, float]]:
+        """Of each member."""
+        first = self._marks[0][2]
+        for member, seconds in self._grown.items():
+            yield member, (seconds - first.get(member, 0.0)) / self._span()
+
+    def total(self) -> float:
+        """Of all together."""
+        return (self._sum - self._marks[0][1]) / self._span()
+
+    def _span(self) -> float:
+        return max(self.window, self._marks[-1][0] - self._marks[0][0]) / 100
 
 
 class SamplingSource:
@@ -200,16 +264,32 @@ class PeakSource(SamplingSource):
     guarantee: ClassVar[Guarantee] = Guarantee.PEAK
 
     def hears(self, resource: Resource, target: Target, each: bool) -> bool:
-        """Processes, one or each, where the resource has a mark; a sum has none."""
-        kept = type(resource).peak is not Resource.peak
-        return kept and isinstance(target, Processes if each else Process)
+        """Processes and partitions, one or each, where there may be a mark; a sum has none."""
+        kinds = Processes | Partitions if each else Process | Partition
+        return isinstance(target, kinds) and target.level in resource.peaks
 
     def arm(self, want: Want, listener: Listener) -> Sampled:
         """As `SamplingSource.arm`; a condition that looks for low values or any change has no use of marks.
 
         Raises:
-            Refused: such a condition.
+            Refused: such a condition; or this kernel keeps no mark there.
         """
-        if not want.condition.upward or want.condition.amount is None:
+        if not want.condition.upward:
             raise Refused("a high-water mark tells of high values only")
+        if not _any_mark(want):
+            raise Refused(f"the kernel keeps no high-water mark of {want.resource.name} here")
         return Sampled(self.name, self._reactor, want, listener, peaks=True)
+
+
+def _any_mark(want: Want) -> bool:
+    """Whether one member has a mark, or there are none yet."""
+    candidates = list(members.members(want.target)) if want.each else [want.target]
+    return not candidates or any(_mark(want.resource, candidate) is not None for candidate in candidates)
+
+
+def _mark(resource: Resource, member: Target) -> float | None:
+    """None also where it cannot be told, or the member has ended."""
+    try:
+        return resource.peak(member)  # type: ignore[arg-type]
+    except (Gone, Unsupported):
+        return None

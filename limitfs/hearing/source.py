@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from limitfs.resources.model import Measured, Process, Resource, Target
+from limitfs.resources.model import Process, Resource, Target
 from limitfs.watching.condition import Condition
 
 
@@ -39,7 +39,7 @@ class Want:
     target: Target
     each: bool
     condition: Condition
-    levels: Callable[[Measured], tuple[float, float]]
+    levels: Callable[[Target], tuple[float, float]]
 
 
 class Witness(NamedTuple):
@@ -76,10 +76,17 @@ class Listener(Protocol):
 class Armed(Protocol):
     """A source at work for one Want."""
 
-    source: str
-    guarantee: Guarantee
-    period: float | None
-    """Seconds between samples; None where nothing is sampled."""
+    @property
+    def source(self) -> str:
+        """The name of the source; of several, with commas between."""
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What holds now; of several members, for the one that is heard least surely."""
+
+    @property
+    def period(self) -> float | None:
+        """Seconds between samples; None where nothing is sampled."""
 
     def disarm(self) -> None:
         """Stop, and free everything in kernel and process; may be called twice."""

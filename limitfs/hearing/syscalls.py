@@ -115,7 +115,9 @@ _PERF_EVENT_OPEN = {"x86_64": 298, "i386": 336, "i686": 336, "armv7l": 364, "ppc
 )  # 241: the generic table of arm64, riscv64 and loongarch64
 _ATTR_SIZE = 128
 _TYPE_SOFTWARE = 1
+_COUNT_SW_CPU_CLOCK = 0
 _COUNT_SW_TASK_CLOCK = 1
+_FLAG_PID_CGROUP = 4
 _FLAG_FD_CLOEXEC = 8
 _IOC_PERIOD = 0x40082404
 _PROT_READ = 1
@@ -131,11 +133,23 @@ _libc.syscall.restype = ctypes.c_long
 
 def perf_task_clock(tid: int, period_ns: int) -> int:
     """A descriptor that counts the CPU nanoseconds of thread `tid`, woken every `period_ns` of them."""
+    return _perf_open(_COUNT_SW_TASK_CLOCK, period_ns, tid, -1, _FLAG_FD_CLOEXEC)
+
+
+def perf_cgroup_clock(directory: int, cpu: int, period_ns: int) -> int:
+    """A descriptor that counts the nanoseconds in which a cgroup has one CPU, woken every `period_ns` of them.
+
+    `directory`: a descriptor of the cgroup's; what is below it counts too.
+    """
+    return _perf_open(_COUNT_SW_CPU_CLOCK, period_ns, directory, cpu, _FLAG_PID_CGROUP | _FLAG_FD_CLOEXEC)
+
+
+def _perf_open(config: int, period_ns: int, whom: int, cpu: int, flags: int) -> int:
     # struct perf_event_attr: type, size, config, period, sample_type, read_format, flags, wakeup_events.
-    attr = struct.pack("=IIQQQQQI", _TYPE_SOFTWARE, _ATTR_SIZE, _COUNT_SW_TASK_CLOCK, period_ns, 0, 0, 0, 1)
+    attr = struct.pack("=IIQQQQQI", _TYPE_SOFTWARE, _ATTR_SIZE, config, period_ns, 0, 0, 0, 1)
     buffer = ctypes.create_string_buffer(attr, _ATTR_SIZE)
-    number, flags = ctypes.c_long(_PERF_EVENT_OPEN), ctypes.c_ulong(_FLAG_FD_CLOEXEC)
-    return _check(_libc.syscall(number, buffer, ctypes.c_int(tid), ctypes.c_int(-1), ctypes.c_int(-1), flags))
+    which = ctypes.c_int(whom), ctypes.c_int(cpu), ctypes.c_int(-1), ctypes.c_ulong(flags)
+    return _check(_libc.syscall(ctypes.c_long(_PERF_EVENT_OPEN), buffer, *which))
 
 
 def perf_set_period(fd: int, period_ns: int) -> None:

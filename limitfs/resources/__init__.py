@@ -1,29 +1,32 @@
-"""What can be measured. Adding a resource is adding a class to one module here, and its name to `_all`."""
+"""What can be measured. Adding a resource is adding a class to one module here, and its name to `kinds`."""
 
 from limitfs.resources.cpu import Cpu, Cputime
 from limitfs.resources.fds import Fds
+from limitfs.resources.filesize import Filesize
 from limitfs.resources.memory import Available, Data, Locked, Memory, Shared, Swap, Virtual
 from limitfs.resources.model import Level, Resource
 from limitfs.resources.pressure import CpuPressure, IoPressure, MemoryPressure, Pressure
 from limitfs.resources.signals import Signals
+from limitfs.resources.sockets import Channels, Connections, Sockets
 from limitfs.resources.stack import Stack
 from limitfs.resources.tasks import Processes, Threads
 
-__all__ = ["RESOURCES", "at"]
+__all__ = ["RESOURCES", "at", "kinds"]
 
 
-def _all() -> list[Resource]:
-    """One of each that this kernel has, in the order of the manual's table."""
-    everywhere: list[Resource] = [
+def kinds() -> list[Resource]:
+    """One of each, whatever this kernel has, in the order of the manual's table."""
+    return [
         Cpu(), Cputime(),
         Memory(), Available(), Swap(), Shared(), Virtual(), Data(), Locked(), Stack(),
-        Fds(), Threads(), Processes(), Signals(),
+        Fds(), Threads(), Processes(), Channels(), Connections(), Signals(), Filesize(),
+        CpuPressure(), MemoryPressure(), IoPressure(),
     ]  # fmt: skip
-    pressures: list[type[Pressure]] = [CpuPressure, MemoryPressure, IoPressure]
-    return everywhere + [kind() for kind in pressures if kind.present()]
 
 
-RESOURCES: dict[str, Resource] = {each.name: each for each in _all()}
+RESOURCES: dict[str, Resource] = {
+    each.name: each for each in kinds() if not isinstance(each, Pressure | Sockets) or each.present()
+}
 """Every resource of this kernel by its name."""
 
 

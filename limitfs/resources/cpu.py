@@ -1,5 +1,6 @@
 """CPU time, as a rate and as a sum."""
 
+import math
 import os
 import resource
 import time
@@ -7,11 +8,18 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from limitfs.errors import Gone
-from limitfs.resources import limits, procfs
-from limitfs.resources.model import Level, Limit, Measured, Process, Resource, System, Thread, Unit
+from limitfs.resources import cgroups, limits, procfs
+from limitfs.resources.cgroups import Knob
+from limitfs.resources.model import Level, Limit, Measured, Partition, Process, Resource, System, Thread, Unit
 from limitfs.resources.recent import Recent
 
-_LEVELS = frozenset({Level.THREAD, Level.PROCESS, Level.SYSTEM})
+_LEVELS = frozenset({Level.THREAD, Level.PROCESS, Level.PARTITION, Level.SYSTEM})
+_STAT = Knob("cpuacct", "cpu.stat", None)
+_CPUACCT = Knob("cpuacct", None, "cpuacct.usage")
+_MAX = Knob("cpu", "cpu.max", None)
+_QUOTA = Knob("cpu", None, "cpu.cfs_quota_us")
+_PERIOD = Knob("cpu", None, "cpu.cfs_period_us")
+
 _SHORTEST = 2 / procfs.TICKS
 """Seconds; over less, a counter that moves in ticks shows 0 or several hundred percent."""
 
@@ -29,12 +37,14 @@ def consumed(target: Measured) -> float:
 
     A process: its CPU clock, to the nanosecond, threads that ended included. A thread: what the scheduler
     accounted up to its last tick. The machine: all CPUs' time that was not idle, in ticks. A zombie: all that it
-    used.
+    used. A partition: cpu.stat, or cpuacct.usage of version 1, with those that ended in it or left it.
 
     Raises:
-        Gone: the process or thread ended.
+        Gone: the process or thread ended, the partition was removed.
     """
     match target:
+        case Partition():
+            return _consumed_in_partition(target)
         case System():
             return procfs.cpu_time()
         case Process(pid=pid):
@@ -46,6 +56,17 @@ def consumed(target: Measured) -> float:
             return clock
         case Thread():
             return _consumed_by_thread(target)
+
+
+def counted_in_unified(target: Partition) -> bool:
+    """Whether the CPU time of a partition is that of its processes in the unified hierarchy."""
+    return not cgroups.has(target, _CPUACCT) and cgroups.has(target, _STAT)
+
+
+def _consumed_in_partition(target: Partition) -> float:
+    if cgroups.has(target, _CPUACCT):
+        return cgroups.number(target, _CPUACCT) / 1e9
+    return cgroups.field(target, _STAT, b"usage_usec") / 1e6
 
 
 def _consumed_by_thread(target: Thread) -> float:
@@ -107,22 +128,60 @@ class Cpu(Resource):
         return 100 * rate
 
     def limit(self, target: Measured) -> Limit:
-        """No thread gets more than one CPU, nothing more than all that are online."""
-        procfs.check(target)
+        """No thread gets more than one CPU, nothing more than all that are online; a partition: cpu.max."""
+        limits.check(self, target)
+        if isinstance(target, Partition):
+            most = _quota(target)
+            return Limit(most, most)
         most = 100.0 if isinstance(target, Thread) else 100.0 * (os.cpu_count() or 1)
         return Limit(most, most)
 
     def whole(self, target: Measured) -> float:
         """100 % is one CPU, whatever the target."""
-        procfs.check(target)
+        limits.check(self, target)
         return 100.0
+
+    def kept(self, target: Partition) -> bool:
+        return _kept(target)
+
+    def store(self, target: Partition, limit: float, user: int) -> None:
+        """cpu.max: so much of one CPU; the period stays."""
+        if cgroups.has(target, _QUOTA):
+            period = cgroups.number(target, _PERIOD)
+            limits.put(target, _QUOTA, "-1" if math.isinf(limit) else f"{limit / 100 * period:.0f}", user)
+        else:
+            limits.put(target, _MAX, "max" if math.isinf(limit) else f"{limit / 100 * _period(target):.0f}", user)
 
     def counter(self, target: Measured) -> float:
         return consumed(target)
 
 
 def _start(target: Measured) -> float:
-    return 0.0 if isinstance(target, System) else target.start / procfs.TICKS
+    match target:
+        case System():
+            return 0.0
+        case Partition():
+            return max(0.0, cgroups.born(target) - time.time() + procfs.uptime())
+    return target.start / procfs.TICKS
+
+
+def _kept(target: Partition) -> bool:
+    return cgroups.has(target, _CPUACCT) or cgroups.has(target, _STAT)
+
+
+def _quota(target: Partition) -> float:
+    """Percent of one CPU that a partition may use."""
+    if cgroups.has(target, _QUOTA):
+        return 100 * cgroups.number(target, _QUOTA) / cgroups.number(target, _PERIOD)
+    if not cgroups.has(target, _MAX):
+        return math.inf
+    quota = cgroups.read(target, _MAX).split()[0]
+    return math.inf if quota == b"max" else 100 * int(quota) / _period(target)
+
+
+def _period(target: Partition) -> int:
+    """Microseconds over which the kernel holds the quota."""
+    return int(cgroups.read(target, _MAX).split()[1])
 
 
 class Cputime(Resource):
@@ -133,6 +192,9 @@ class Cputime(Resource):
     levels = _LEVELS
     help = "CPU time used so far, in seconds; limit: RLIMIT_CPU"
     rlimit: ClassVar[int | None] = resource.RLIMIT_CPU
+
+    def kept(self, target: Partition) -> bool:
+        return _kept(target)
 
     def usage(self, target: Measured) -> float:
         return consumed(target)

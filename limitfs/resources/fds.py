@@ -17,7 +17,7 @@ class Fds(Resource):
 
     name = "fds"
     unit = Unit.COUNT
-    levels = frozenset({Level.PROCESS, Level.SYSTEM})
+    levels = frozenset({Level.PROCESS, Level.PARTITION, Level.SYSTEM})
     help = "open file descriptors; limit: RLIMIT_NOFILE; system: open file handles"
     rlimit: ClassVar[int | None] = resource.RLIMIT_NOFILE
 

@@ -1,16 +1,19 @@
-"""Resource limits of processes: reading, the text form, and setting them.
+"""Limits of processes and partitions: reading, the text form, and setting them.
 
-See getrlimit(2), prlimit(2) and proc_pid_limits(5).
+See getrlimit(2), prlimit(2), proc_pid_limits(5), and Documentation/admin-guide/cgroup-v2.rst.
 """
 
+import errno
 import math
+import os
 import re
 import resource as rlimits
 from fractions import Fraction
 
-from limitfs.errors import Denied, Gone, Impossible, Invalid
-from limitfs.resources import procfs
-from limitfs.resources.model import Limit, Measured, Process, Resource, Unit
+from limitfs.errors import Busy, Denied, Gone, Impossible, Invalid
+from limitfs.resources import cgroups, procfs
+from limitfs.resources.cgroups import Knob
+from limitfs.resources.model import Limit, Measured, Partition, Process, Resource, Unit
 
 _SUFFIXES: dict[Unit, dict[str, Fraction]] = {
     Unit.BYTES: {suffix: Fraction(1024**power) for power, suffix in enumerate(["", "K", "M", "G", "T"])},
@@ -34,11 +37,14 @@ def check(resource: Resource, target: Measured) -> None:
 
     Raises:
         Unsupported: not at this level.
-        Gone: the process or thread ended.
+        Gone: the process or thread ended, the partition was removed.
     """
     if target.level not in resource.levels:
         raise resource.elsewhere(target)
-    procfs.check(target)
+    if isinstance(target, Partition):
+        cgroups.check(target)
+    else:
+        procfs.check(target)
 
 
 def enforced(resource: Resource, target: Measured) -> Limit:
@@ -185,3 +191,56 @@ def _beyond_nr_open(rlimit: int, hard: float) -> Impossible | None:
     if hard <= most:
         return None
     return Impossible(f"no process may have more than {most} descriptors", "see /proc/sys/fs/nr_open")
+
+
+# Partitions
+
+
+def of_partition(target: Partition, knob: Knob) -> Limit:
+    """What a knob of a controller lets `target` have; no limit where it has no such file.
+
+    Raises:
+        Gone: the partition was removed.
+    """
+    if not cgroups.has(target, knob):
+        cgroups.check(target)
+        return Limit()
+    most = cgroups.number(target, knob)
+    return Limit(most, most)
+
+
+def store(target: Partition, knob: Knob, limit: float, user: int) -> None:
+    """Set a knob to a number, or to none, for a user; raises as `put`."""
+    none = "-1" if knob.v1 is not None and cgroups.file(target, knob).endswith("_in_bytes") else "max"
+    put(target, knob, none if math.isinf(limit) else str(int(limit)), user)
+
+
+def put(target: Partition, knob: Knob, text: str, user: int) -> None:
+    """Write to a knob, for a user, what the kernel wants to read there.
+
+    Raises:
+        Gone: the partition was removed.
+        Unsupported: it has no such file.
+        Busy: more is in use than the limit, and the kernel could not make it less.
+        Impossible: the kernel does not take such a limit.
+        Denied: it lets this user, or anybody, not set this one.
+    """
+    if not _may_store(target, knob, user):
+        raise Denied("this limit belongs to who delegated the partition")
+    try:
+        cgroups.write(target, knob, text)
+    except OSError as error:
+        said = f"the kernel does not take {text} there: {os.strerror(error.errno or 0)}"
+        if error.errno == errno.EBUSY:
+            raise Busy(said, "more is in use; stop something, or choose a higher limit") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise Denied(said) from error
+        raise Impossible(said) from error
+
+
+def _may_store(target: Partition, knob: Knob, user: int) -> bool:
+    """Whether the kernel's own permissions let a user write to a knob; see "Delegation" in cgroup-v2.rst."""
+    if user == 0:
+        return True
+    about = os.stat(cgroups.file(target, knob))
+    return about.st_uid == user and bool(about.st_mode & 0o200)

@@ -1,15 +1,17 @@
 """What can be measured, and on what: the words that every other room shares.
 
-A *target* is what one path of the tree stands for. Three kinds are measured directly (`System`, `Process`,
-`Thread`), two are collections (`Processes`, `Threads`). The identity of a process or thread is its number
-together with its start time (field 22 of proc_pid_stat(5)), so that a number used again is another target.
+A *target* is what one path of the tree stands for. Four kinds are measured directly (`System`, `Partition`,
+`Process`, `Thread`), three are collections (`Partitions`, `Processes`, `Threads`). The identity of a process or
+thread is its number together with its start time (field 22 of proc_pid_stat(5)), that of a partition its path
+together with the inode of its directory, so that a number or name used again is another target.
 """
 
 import enum
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from limitfs.errors import Unsupported
 
@@ -40,6 +42,21 @@ class System:
 
 
 @dataclass(frozen=True, slots=True)
+class Partition:
+    """One cgroup, with all below it.
+
+    Attributes:
+        path: from the root of the hierarchies, as the kernel writes it: "/a/b"; the root is "/".
+        device, inode: of the directory that it is known by; see limitfs/resources/cgroups.py.
+    """
+
+    path: str
+    device: int
+    inode: int
+    level: ClassVar[Level] = Level.PARTITION
+
+
+@dataclass(frozen=True, slots=True)
 class Process:
     """One process. `start`: clock ticks after boot, field 22 of /proc/PID/stat."""
 
@@ -58,10 +75,38 @@ class Thread:
     level: ClassVar[Level] = Level.THREAD
 
 
+class Group(ABC):
+    """Some processes, chosen by a condition; who they are changes. Two groups are never equal.
+
+    Attributes:
+        name: the directory's.
+        number: never used twice while the daemon runs.
+    """
+
+    name: str
+    number: int
+
+    @abstractmethod
+    def processes(self) -> "Collection[Process]":
+        """The members now."""
+
+    @abstractmethod
+    def follow(self, joined: "Callable[[Process], None]", left: "Callable[[Process], None]") -> Callable[[], None]:
+        """Be told of members that come (those that are there: at once) and go; returns what ends that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """All partitions below the root, present and future."""
+
+    level: ClassVar[Level] = Level.PARTITION
+
+
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """All processes, present and future."""
+    """All processes, present and future; or those `of` a partition (with all below it), or of a group."""
 
+    of: Partition | Group | None = None
     level: ClassVar[Level] = Level.PROCESS
 
 
@@ -73,9 +118,9 @@ class Threads:
     level: ClassVar[Level] = Level.THREAD
 
 
-Measured = System | Process | Thread
-Collection = Processes | Threads
-Target = Measured | Collection
+Measured = System | Partition | Process | Thread
+Several = Partitions | Processes | Threads
+Target = Measured | Several
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +143,8 @@ class Resource(ABC):
         rate: True where the value is 100 × the growth of `counter` per second over a window (cpu, pressures).
         window: for a rate, the window in seconds where the condition names none ("per").
         summable: False where adding up members makes no sense (stack, pressures).
+        peaks: the levels at which kernels keep a high-water mark; `peak` tells whether this one does.
+        headcount: True where each process adds one, whatever it does: a group of processes has that too.
     """
 
     name: ClassVar[str]
@@ -108,6 +155,8 @@ class Resource(ABC):
     rate: ClassVar[bool] = False
     window: ClassVar[float] = 1.0
     summable: ClassVar[bool] = True
+    peaks: ClassVar[frozenset[Level]] = frozenset()
+    headcount: ClassVar[bool] = False
 
     @abstractmethod
     def usage(self, target: Measured) -> float:
@@ -122,9 +171,26 @@ class Resource(ABC):
     def limit(self, target: Measured) -> Limit:
         """What the kernel enforces on `target`; raises as `usage`."""
 
+    def look(self) -> Self:
+        """This resource, for one look at many members: what it reads for all of them together, it reads once."""
+        return self
+
     def peak(self, target: Measured) -> float | None:  # noqa: ARG002
         """The kernel's own high-water mark of `target`, or None where it keeps none; raises as `usage`."""
         return None
+
+    def store(self, target: Partition, limit: float, user: int) -> None:  # noqa: ARG002
+        """Have the kernel enforce a limit on a partition, for a user; `math.inf`: none.
+
+        Raises:
+            Unsupported: it has no such limit.
+            Others: as limits.put.
+        """
+        raise Unsupported(f"the kernel has no limit on {self.name} of a partition")
+
+    def kept(self, target: Partition) -> bool:  # noqa: ARG002
+        """Whether the kernel keeps one number for that partition; else its use is the sum of its processes'."""
+        return False
 
     def whole(self, target: Measured) -> float:
         """What 100 % means in a condition: the soft limit, unless there is something better to compare with.

@@ -3,23 +3,26 @@
 from typing import ClassVar
 
 from limitfs.errors import Unsupported
-from limitfs.resources import procfs
-from limitfs.resources.model import Level, Limit, Measured, Resource, System, Unit
+from limitfs.resources import cgroups, limits, procfs
+from limitfs.resources.cgroups import Knob
+from limitfs.resources.model import Level, Limit, Measured, Partition, Resource, System, Unit
 
 
 class Pressure(Resource):
     """Share of time in which some task waited for a resource (the line "some"). Sums make no sense.
 
     Attributes:
-        path: the file that is read, and that takes triggers.
+        path: the machine's file that is read, and that takes triggers.
+        knob: that of a partition.
     """
 
     unit = Unit.PERCENT
-    levels = frozenset({Level.SYSTEM})
+    levels = frozenset({Level.PARTITION, Level.SYSTEM})
     rate = True
     window = 10.0
     summable = False
     path: ClassVar[str]
+    knob: ClassVar[Knob]
 
     @classmethod
     def present(cls) -> bool:
@@ -35,18 +38,37 @@ class Pressure(Resource):
         return self._read(target).avg10
 
     def limit(self, target: Measured) -> Limit:
-        if not isinstance(target, System):
-            raise self.elsewhere(target)
+        limits.check(self, target)
         return Limit(100.0, 100.0)
+
+    def kept(self, target: Partition) -> bool:
+        return cgroups.has(target, self.knob)
 
     def counter(self, target: Measured) -> float:
         """Seconds stalled since boot, to the microsecond."""
         return self._read(target).total
 
+    def file(self, target: Measured) -> str:
+        """The file that is read, and that takes triggers.
+
+        Raises:
+            Gone: the partition was removed.
+            Unsupported: it keeps none (cgroup.pressure is 0), or the target is of another level.
+        """
+        match target:
+            case Partition():
+                return cgroups.file(target, self.knob)
+            case System():
+                return self.path
+        raise self.elsewhere(target)
+
     def _read(self, target: Measured) -> procfs.Psi:
-        if not isinstance(target, System):
-            raise self.elsewhere(target)
-        return procfs.psi(self.path)
+        path = self.file(target)
+        try:
+            return procfs.psi(path)
+        except Unsupported:
+            limits.check(self, target)  # it may have been removed meanwhile
+            raise
 
 
 class CpuPressure(Pressure):
@@ -55,6 +77,7 @@ class CpuPressure(Pressure):
     name = "cpu_pressure"
     help = "share of time in which some task waited for a CPU"
     path = "/proc/pressure/cpu"
+    knob = Knob("pressure", "cpu.pressure", None)
 
 
 class MemoryPressure(Pressure):
@@ -63,6 +86,7 @@ class MemoryPressure(Pressure):
     name = "memory_pressure"
     help = "share of time in which some task waited for memory"
     path = "/proc/pressure/memory"
+    knob = Knob("pressure", "memory.pressure", None)
 
 
 class IoPressure(Pressure):
@@ -71,3 +95,4 @@ class IoPressure(Pressure):
     name = "io_pressure"
     help = "share of time in which some task waited for I/O"
     path = "/proc/pressure/io"
+    knob = Knob("pressure", "io.pressure", None)

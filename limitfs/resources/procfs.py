@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from limitfs.errors import Gone, Unsupported
-from limitfs.resources.model import Measured, Process, System, Thread
+from limitfs.resources.model import Process, System, Thread
 
 ROOT = "/proc"
 """Where procfs is mounted; parser tests put a made-up tree here."""
@@ -298,6 +298,36 @@ def _size_counts_fds() -> bool:
 
 
 @_of_process
+def links(pid: int) -> dict[int, str]:
+    """Every file descriptor of the process, and what it leads to: a path, or "socket:[INODE]" and the like.
+
+    See proc_pid_fd(5).
+    """
+    directory, found = f"{ROOT}/{pid}/fd", {}
+    for name in os.listdir(directory):
+        try:
+            found[int(name)] = os.readlink(f"{directory}/{name}")
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        except PermissionError:
+            os.listdir(directory)  # the kernel says that also of a process that ended meanwhile, but not here
+            raise
+    return found
+
+
+@_of_process
+def network(pid: int) -> str:
+    """What tells the network namespace of the process from others; network_namespaces(7)."""
+    return os.readlink(f"{ROOT}/{pid}/ns/net")
+
+
+@_of_process
+def open_network(pid: int) -> int:
+    """A descriptor of the network namespace of the process, for setns(2)."""
+    return os.open(f"{ROOT}/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@_of_process
 def runtime(pid: int, tid: int) -> int:
     """Nanoseconds that the thread ran on a CPU, up to the last scheduler tick; 0 where the kernel keeps none.
 
@@ -337,17 +367,32 @@ def comm(pid: int, tid: int | None = None) -> str:
 
 
 @_of_process
-def cgroup(pid: int) -> str | None:
-    """The cgroup of the process, as a path from the root that we see.
+def cgroups(pid: int) -> dict[frozenset[str], str]:
+    """The cgroup of the process in each hierarchy, by its controllers (of the unified one: none).
 
-    Of the unified hierarchy; on a machine that has none, of the one that systemd names; else None. cgroups(7)
+    A path as the kernel writes it: from the root of our cgroup namespace. See cgroups(7).
     """
-    paths: dict[bytes, bytes] = {}
+    found = {}
     for line in _read_pages(f"{ROOT}/{pid}/cgroup").splitlines():
         _number, controllers, path = line.split(b":", 2)
-        paths[controllers] = path
-    found = paths.get(b"") or paths.get(b"name=systemd")
-    return found.decode("utf-8", "surrogateescape") if found else None
+        found[frozenset(filter(None, controllers.decode().split(",")))] = os.fsdecode(path)
+    return found
+
+
+@_of_process
+def exe(pid: int) -> str:
+    """The file that the process executes, removed or not; "" for kernel threads and zombies."""
+    try:
+        return os.readlink(f"{ROOT}/{pid}/exe").removesuffix(" (deleted)")
+    except FileNotFoundError:
+        os.stat(f"{ROOT}/{pid}")  # raises where it is the process that is not there
+        return ""
+
+
+@_of_process
+def effective_user(pid: int) -> int:
+    """The effective user of the process, to whom its directory belongs (see `owner` for what is in it)."""
+    return os.stat(f"{ROOT}/{pid}").st_uid
 
 
 @_of_process
@@ -419,7 +464,7 @@ def verify(target: Process | Thread) -> Stat:
     return now
 
 
-def check(target: Measured) -> None:
+def check(target: System | Process | Thread) -> None:
     """As `verify`, for any target; the machine is always there."""
     if isinstance(target, Process | Thread):
         verify(target)
@@ -451,7 +496,7 @@ def _reading_by_thread(pid: int, read: Callable[[int], T], otherwise: T) -> T:
     return otherwise
 
 
-def started(target: Measured) -> float:
+def started(target: System | Process | Thread) -> float:
     """When `target` started (the machine: booted), in seconds since the epoch by the clock as it is set now."""
     boot = time.time() - uptime()
     return boot if isinstance(target, System) else boot + target.start / TICKS

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from limitfs.errors import Gone
-from limitfs.resources import procfs
-from limitfs.resources.model import Process, Target, Thread, Threads
+from limitfs.resources import cgroups, procfs
+from limitfs.resources.model import Measured, Partition, Process, Processes, Target, Thread, Threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,31 @@ def owner(pid: int) -> int:
 
 
 def describe(target: Target) -> Who:
-    """What is known of `target` now; of one that has ended, its numbers."""
-    if isinstance(target, Thread):
-        pid, tid = target.pid, target.tid
-    elif isinstance(target, Process | Threads):
-        process = target.process if isinstance(target, Threads) else target
-        pid, tid = process.pid, None
-    else:
-        return Who()
+    """What is known of `target` now; of one that has ended, its numbers or its path."""
+    match target:
+        case Thread(pid=pid, tid=tid):
+            return _describe_task(pid, tid)
+        case Process(pid=pid) | Threads(process=Process(pid=pid)):
+            return _describe_task(pid, None)
+        case (Partition() as partition) | Processes(of=Partition() as partition):
+            return _describe_partition(partition)
+    return Who()
+
+
+def _describe_task(pid: int, tid: int | None) -> Who:
     try:
-        return Who(pid, tid, procfs.comm(pid, tid), owner(pid), procfs.cgroup(pid))
+        return Who(pid, tid, procfs.comm(pid, tid), owner(pid), cgroups.of(pid))
     except Gone:
         return Who(pid, tid)
+
+
+def _describe_partition(partition: Partition) -> Who:
+    try:
+        return Who(uid=cgroups.owner(partition), partition=partition.path)
+    except Gone:
+        return Who(partition=partition.path)
+
+
+def started(target: Measured) -> float:
+    """When `target` began to be, in seconds since the epoch by the clock as it is set now. Raises Gone."""
+    return cgroups.born(target) if isinstance(target, Partition) else procfs.started(target)

@@ -5,29 +5,34 @@ raise `LimitsError`. Nothing here knows FUSE.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from limitfs.errors import Absent, Denied, Exists, Gone, Invalid, Unsupported
-from limitfs.resources import RESOURCES, at, members, procfs, who
+from limitfs.errors import Absent, Busy, Denied, Exists, Gone, Invalid, Unsupported
+from limitfs.resources import RESOURCES, at, cgroups, members, model, procfs, who
 from limitfs.resources.limits import parse_limit, set_limit
 from limitfs.resources.model import (
-    Collection,
+    Level,
     Measured,
+    Partition,
+    Partitions,
     Process,
     Processes,
     Resource,
+    Several,
     System,
     Target,
     Thread,
     Threads,
     Unit,
 )
+from limitfs.rules import Fate
+from limitfs.selecting.groups import Group
 from limitfs.watching.condition import format_value, parse, render
-from limitfs.watching.crossing import iso
+from limitfs.watching.crossing import bare, iso
 from limitfs.watching.registry import HEARING
 from limitfs.watching.watcher import TOP_MEMBERS, Watcher
 
@@ -83,6 +88,17 @@ def all_processes(place: Place) -> Place:
     return replace(place, target=Processes())
 
 
+def all_partitions(place: Place) -> Place:
+    """partition/"""
+    return replace(place, target=Partitions())
+
+
+def has_partitions(place: Place) -> bool:
+    """Whether cgroups are mounted."""
+    del place
+    return cgroups.present()
+
+
 def threads_of(place: Place) -> Place:
     """process/PID/thread/"""
     assert isinstance(place.target, Process)
@@ -90,10 +106,10 @@ def threads_of(place: Place) -> Place:
 
 
 def resource_names(place: Place, house: "House", user: int) -> list[str]:
-    """The resources measured at this level."""
+    """The resources measured here."""
     del house, user
     assert place.target is not None
-    return [resource.name for resource in at(place.target.level)]
+    return [resource.name for resource in RESOURCES.values() if members.measured(resource, place.target)]
 
 
 def bind_resource(place: Place, house: "House", user: int, name: str) -> Place:
@@ -101,8 +117,8 @@ def bind_resource(place: Place, house: "House", user: int, name: str) -> Place:
     del house, user
     assert place.target is not None
     resource = RESOURCES.get(name)
-    if resource is None or place.target.level not in resource.levels:
-        raise Absent(f"{name} is not measured at {place.target.level} level")
+    if resource is None or not members.measured(resource, place.target):
+        raise Absent(f"{name} is not measured here, at {place.target.level} level")
     return replace(place.at(name), resource=resource)
 
 
@@ -167,6 +183,109 @@ def _number(name: str) -> int:
     return int(name)
 
 
+def partition_names(place: Place, house: "House", user: int) -> list[str]:
+    """The partitions directly below; cgroups are no secret."""
+    del house, user
+    return [_escaped(name) for name in cgroups.children(_cgroup(place))]
+
+
+def bind_partition(place: Place, house: "House", user: int, name: str) -> Place:
+    """A partition that exists now."""
+    del house, user
+    try:
+        partition = cgroups.identify(cgroups.join(_cgroup(place), _unescaped(name)))
+    except Gone:
+        raise Absent(f"no partition {name!a}") from None
+    return replace(place.at(name), target=partition)
+
+
+def _cgroup(place: Place) -> str:
+    return place.target.path if isinstance(place.target, Partition) else cgroups.ROOT
+
+
+def _escaped(name: str) -> str:
+    """The name of a cgroup here: with an underscore before it where a resource is called so, as systemd has it."""
+    return f"_{name}" if name.lstrip("_") in _TAKEN else name
+
+
+def _unescaped(name: str) -> str:
+    if name in _TAKEN:
+        raise Absent(f"{name} is no partition")
+    return name[1:] if name.lstrip("_") in _TAKEN else name
+
+
+_TAKEN = frozenset(resource.name for resource in at(Level.PARTITION))
+
+
+def partition_path(partition: Partition) -> str:
+    """Where a partition is in the tree."""
+    return "/".join(["partition", *(_escaped(name) for name in partition.path.split("/") if name)])
+
+
+def partition_link(place: Place, house: "House", thread: int) -> str:
+    """process/PID/partition"""
+    del house, thread
+    assert isinstance(place.target, Process)
+    procfs.check(place.target)
+    try:
+        return f"../../{partition_path(cgroups.identify(cgroups.of(place.target.pid) or cgroups.ROOT))}"
+    except Gone:
+        raise Absent("its partition is not mounted here") from None
+
+
+def group_names(place: Place, house: "House", user: int) -> list[str]:
+    """Every group, whoever made it."""
+    del place, user
+    return [group.name for group in house.groups]
+
+
+def bind_group(place: Place, house: "House", user: int, name: str) -> Place:
+    """group/NAME/"""
+    del user
+    group = house.groups.find(name)
+    if group is None:
+        raise Absent(f"no group {name!a}")
+    return replace(place.at(name), target=Processes(group))
+
+
+def make_group(place: Place, house: "House", user: int, name: str) -> None:
+    """mkdir group/NAME"""
+    del place
+    _check_name(name, "group")
+    house.groups.make(name, user)
+    house.recall.made(f"group/{name}", user, {})
+
+
+def remove_group(place: Place, house: "House", user: int, name: str) -> None:
+    """rmdir group/NAME; its watchers, none of which is armed, go with it."""
+    del place
+    group = house.groups.find(name)
+    if group is None:
+        raise Absent(f"no group {name!a}")
+    if user not in (0, group.owner):
+        raise Denied(f"group {name!a} belongs to user {group.owner}")
+    watchers = [watcher for watcher in house.registry if _group_of(watcher.target) is group]
+    if any(watcher.condition is not None for watcher in watchers):
+        raise Busy(f"watchers are armed on group {name!a}", "write off to their thresholds first")
+    group.close()
+    house.recall.unmade(f"group/{name}")
+    for watcher in watchers:
+        house.registry.remove(watcher)
+
+
+def _group_of(target: Target | None) -> Group | None:
+    return target.of if isinstance(target, Processes) and isinstance(target.of, Group) else None
+
+
+def _group(place: Place, house: "House") -> Group:
+    """The group of a place. Raises Gone where it was removed."""
+    group = _group_of(place.target)
+    assert group is not None
+    if house.groups.find(group.name) is not group:
+        raise Gone(f"group {group.name!a} was removed")
+    return group
+
+
 def watcher_names(place: Place, house: "House", user: int) -> list[str]:
     """The named watchers here."""
     del user
@@ -185,14 +304,18 @@ def make_watcher(place: Place, house: "House", user: int, name: str) -> None:
     """mkdir NAME: a further watcher."""
     if house.registry.find(*place.subject, name) is not None:
         raise Exists(f"a watcher {name!a} is here already")
+    _check_name(name, "watcher")
+    house.registry.make_named(*place.subject, place.path, name, user)
+
+
+def _check_name(name: str, what: str) -> None:
     if name.startswith((".", "(")) or not name.isprintable():
         raise Invalid(
-            f"{name!a} is no good name for a watcher",
+            f"{name!a} is no good name for a {what}",
             "printable characters, no dot or parenthesis at the beginning",
         )
     if len(name.encode()) > LONGEST_NAME:
         raise Invalid(f"a name of {len(name.encode())} bytes", f"at most {LONGEST_NAME}")
-    house.registry.make_named(*place.subject, place.path, name, user)
 
 
 def remove_watcher(place: Place, house: "House", user: int, name: str) -> None:
@@ -215,11 +338,15 @@ def self_link(place: Place, house: "House", thread: int) -> str:
 
 
 def owner(place: Place, house: "House") -> int:
-    """The uid that a place belongs to: who made a watcher, else the owner of the process, else root."""
+    """Whose a place is: who made a watcher, else the owner of its process or partition, else root."""
     if place.watcher is not None:
         watcher = house.registry.find(*place.subject, place.watcher)
         return watcher.owner if watcher else 0
     target = place.target
+    if isinstance(target, Partition):
+        return cgroups.owner(target)
+    if (group := _group_of(target)) is not None:
+        return group.owner
     if isinstance(target, Process | Thread):
         return who.owner(target.pid)
     return who.owner(target.process.pid) if isinstance(target, Threads) else 0
@@ -234,7 +361,39 @@ def has_members(place: Place) -> bool:
 def measured(place: Place) -> bool:
     """Whether there is one value here: a sum of stacks, say, makes no sense."""
     target, resource = place.subject
-    return resource.summable or not isinstance(target, Collection)
+    return resource.summable or not isinstance(target, Several)
+
+
+# The files of a group
+
+
+def show_select(place: Place, house: "House", user: int) -> str:
+    """`select`, in its canonical form; empty where nothing was selected yet."""
+    del user
+    selected = _group(place, house).select
+    return f"{selected}\n" if selected else ""
+
+
+def store_select(place: Place, house: "House", user: int, text: str) -> None:
+    """A write to `select`."""
+    del user
+    group = _group(place, house)
+    group.set_select(text)
+    house.recall.made(place.path, group.owner, {"select": text})
+
+
+def show_members(place: Place, house: "House", user: int) -> str:
+    """`members`, of those that the user may see."""
+    found = sorted(process.pid for process in _group(place, house).processes() if not hides(house, user, process))
+    return "".join(f"{pid}\n" for pid in found)
+
+
+def show_group(place: Place, house: "House", user: int) -> str:
+    """The group's `state`."""
+    del user
+    group = _group(place, house)
+    period = "-" if group.period is None else f"{group.period:g}"
+    return f"members {len(group.processes())}\nhearing {group.hearing}\nperiod {period}\n"
 
 
 # The files of a resource
@@ -253,7 +412,7 @@ def show_limit(place: Place, house: "House", user: int) -> str:
     """`limit`"""
     del house, user
     target, resource = place.subject
-    if isinstance(target, Collection):
+    if isinstance(target, Several):
         return "max\n"
     limit = resource.limit(target)
     if limit.soft == limit.hard and (resource.rlimit is None or math.isinf(limit.soft)):
@@ -262,8 +421,16 @@ def show_limit(place: Place, house: "House", user: int) -> str:
 
 
 def store_limit(place: Place, house: "House", user: int, text: str) -> None:
-    """A write to `limit`: prlimit(2) for a process; nothing else has a limit that can be set."""
+    """A write to `limit`: prlimit(2) for a process, the controller's own file for a partition."""
     target, resource = place.subject
+    if isinstance(target, Partition):
+        cgroups.check(target)
+        soft, hard = parse_limit(text, resource.unit)
+        if hard not in (None, soft):
+            raise Invalid("a partition has one limit", 'write one number, or "max"')
+        resource.store(target, soft, user)
+        house.registry.limit_changed(target, resource)
+        return
     if not isinstance(target, Process) or resource.rlimit is None:
         raise Unsupported(f"the kernel has no limit on {resource.name} to set here")
     procfs.check(target)
@@ -280,8 +447,8 @@ def show_peak(place: Place, house: "House", user: int) -> str:
     """`peak`: the kernel's own mark (since the process or the machine began), else the highest seen here."""
     del user
     target, resource = place.subject
-    if not isinstance(target, Collection) and (mark := resource.peak(target)) is not None:
-        return f"{format_value(mark, resource.unit)} {iso(procfs.started(target))}\n"
+    if not isinstance(target, Several) and (mark := resource.peak(target)) is not None:
+        return f"{format_value(mark, resource.unit)} {iso(who.started(target))}\n"
     value, since = note_peak(house, target, resource, members.usage(resource, target))
     return f"{format_value(value, resource.unit)} {iso(since)}\n"
 
@@ -305,6 +472,8 @@ def show_top(place: Place, house: "House", user: int) -> str:
 
 
 def _member(member: Measured) -> str:
+    if isinstance(member, Partition):
+        return bare(member.path)
     described = who.describe(member)
     number = described.pid if described.tid is None else described.tid
     # A name is quoted as in event lines where it could be taken for more than one field or line.
@@ -330,6 +499,10 @@ def find(place: Place, house: "House") -> Watcher | None:
     target, _resource = place.subject
     if isinstance(target, Threads):
         target = target.process
+    if isinstance(target, Partition):
+        cgroups.check(target)
+    if _group_of(target) is not None:
+        _group(place, house)
     if isinstance(target, Process | Thread):
         procfs.check(target)
     return None
@@ -362,8 +535,8 @@ def show_mode(place: Place, house: "House", user: int) -> str:
     del user
     target, resource = place.subject
     watcher = find(place, house)
-    each = watcher.each if watcher else isinstance(target, Collection)
-    if isinstance(target, Collection) and not resource.summable:
+    each = watcher.each if watcher else members.starts_as_each(resource, target)
+    if isinstance(target, Several) and not resource.summable:
         return "[each]\n"
     return _choice(("each", "sum"), "each" if each else "sum")
 
@@ -374,7 +547,7 @@ def store_mode(place: Place, house: "House", user: int, text: str) -> None:
     target, resource = place.subject
     if text not in ("each", "sum"):
         raise Invalid(f"{text!a} is no mode", "each or sum")
-    if text == "sum" and isinstance(target, Collection) and not resource.summable:
+    if text == "sum" and isinstance(target, Several) and not resource.summable:
         raise Unsupported(f"a sum of {resource.name} makes no sense", "each")
     house.registry.set_mode(need(place, house), text == "each")
 
@@ -407,7 +580,7 @@ def show_state(place: Place, house: "House", user: int) -> str:
             place.path,
             place.watcher,
             0,
-            isinstance(target, Collection),
+            members.starts_as_each(resource, target),
             house.registry.surroundings,
             lambda _watcher, _record: None,
         )
@@ -426,14 +599,24 @@ def _state(watcher: Watcher, house: "House", user: int) -> Iterable[tuple[str, o
     yield "source", armed.source if armed else "-"
     yield "guarantee", armed.guarantee if armed else "-"
     yield "period", f"{armed.period:g}" if armed and armed.period else "-"
+    yield "armed", iso(watcher.begun) if armed and watcher.begun is not None else "-"
     if not watcher.each:
         return
     alarmed = watcher.in_alarm()
     shown = (pair for pair in alarmed if not hides(house, user, pair[0]))
     for member, value in islice(shown, TOP_MEMBERS):
-        number = member.tid if isinstance(member, Thread) else getattr(member, "pid", "-")
-        yield f"member {number}", format_value(value, unit)
+        yield f"member {_name(member)}", format_value(value, unit)
     yield "members", len(alarmed)
+
+
+def _name(member: Target) -> str:
+    """A member in one word; of a sum there is none."""
+    match member:
+        case Partition(path=path):
+            return bare(path)
+        case Thread(tid=number) | Process(pid=number):
+            return str(number)
+    return "-"
 
 
 # The files of the root
@@ -449,16 +632,43 @@ def show_features(place: Place, house: "House", user: int) -> str:
     """`features`: resource, level, mode, source, guarantee and cost, tab-separated."""
     del place, user
     rows = ["resource\tlevel\tmode\tsource\tguarantee\tcost"]
-    for level, mode, target in _PROTOTYPES:
-        for resource in at(target.level):
+    for level, mode, target in _prototypes():
+        for resource in RESOURCES.values():
+            if not members.measured(resource, target):
+                continue
             if mode == "each" and not members.has_members(resource, target):
                 continue
-            if mode == "sum" and isinstance(target, Collection) and not resource.summable:
+            if mode == "sum" and isinstance(target, Several) and not resource.summable:
                 continue
             source = next(house.registry.choices(resource, target, mode == "each", house.registry.hearing))
             rows.append("\t".join((resource.name, level, mode, source.name, source.guarantee, source.cost)))
     missing = [f"# {name}: {why}" for name, why in house.registry.missing.items()]
     return "\n".join(rows + missing) + "\n"
+
+
+def _prototypes() -> Iterable[tuple[str, str, Target]]:
+    """A path and a target of each kind."""
+    somewhere = next(cgroups.partitions(), None)
+    if somewhere is not None:
+        yield "partition", "each", Partitions()
+        yield "partition/CGROUP", "sum", somewhere
+        yield "partition/CGROUP", "each", somewhere
+    yield "group/NAME", "each", Processes(_SomeGroup())
+    yield "group/NAME", "sum", Processes(_SomeGroup())
+    yield from _PROTOTYPES
+
+
+class _SomeGroup(model.Group):
+    """A group, whichever, to ask who would hear it."""
+
+    name, number = "NAME", 0
+
+    def processes(self) -> list[Process]:
+        return []
+
+    def follow(self, joined: Callable[[Process], None], left: Callable[[Process], None]) -> Callable[[], None]:
+        del joined, left
+        return lambda: None
 
 
 _SOMEBODY = Process(0, 0)
@@ -492,4 +702,20 @@ def show_daemon(place: Place, house: "House", user: int) -> str:
         name = f"/{watcher.name}" if watcher.name else ""
         threshold = render(watcher.condition, watcher.resource.unit)
         lines.append(f"watcher {watcher.path}{name} {watcher.state} {threshold}\n")
+    if user == 0:
+        lines += [f"refused_rule {line}\n" for line in house.rules.report.of(Fate.REFUSED)]
     return "".join(lines)
+
+
+def show_rules(place: Place, house: "House", user: int) -> str:
+    """`rules`: a line for each rule, and what the latest reading of the files did with it."""
+    del place, user
+    return house.rules.report.text()
+
+
+def store_rules(place: Place, house: "House", user: int, text: str) -> None:
+    """A write to `rules`: `reload` reads the files again."""
+    del place, user
+    if text != "reload":
+        raise Invalid(f"{text!a} is no command here", "reload")
+    house.rules.reload()

@@ -7,7 +7,7 @@ holds only what is his: watchers that he made, and members that run as him.
 from collections import Counter, deque
 from collections.abc import Callable, Container
 
-from limitfs.resources.model import Process, Processes, System, Target, Thread, Threads
+from limitfs.resources.model import Partitions, Process, Processes, System, Target, Thread, Threads
 from limitfs.space.eventlog import RETAINED, EventLog
 from limitfs.watching.crossing import Crossing, Record
 from limitfs.watching.watcher import Surroundings, Watcher
@@ -87,7 +87,7 @@ class Delivery:
     def _after_last(self, watcher: Watcher, record: Record) -> Callable[[], None] | None:
         """The directory of a target that ended stays until inotify was told of the last line."""
         target = watcher.target
-        if record.crossing is not Crossing.GONE or isinstance(target, System | Processes):
+        if record.crossing is not Crossing.GONE or isinstance(target, System | Partitions | Processes):
             return None
         self._lingering[target] += 1
         return lambda: self._leave(target)

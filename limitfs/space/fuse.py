@@ -28,7 +28,7 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from limitfs.errors import Denied, Exists, Forbidden, Invalid, LimitsError
+from limitfs.errors import Denied, Forbidden, Invalid, LimitsError
 from limitfs.space import content
 from limitfs.space.handles import OpenFile, open_file
 from limitfs.space.house import House
@@ -97,6 +97,11 @@ class Operations(pyfuse3.Operations):
     def _user(self, ctx: RequestContext) -> int:
         """The caller's uid, and root's for who may do what root may."""
         return 0 if ctx.uid in self._masters else ctx.uid
+
+    @property
+    def open_files(self) -> int:
+        """How many files clients have open."""
+        return len(self._files)
 
     # Names and attributes
 
@@ -311,34 +316,20 @@ class Operations(pyfuse3.Operations):
     def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
         parent = self._tree.node(parent_inode)
         with self._explained(parent, self._user(ctx), None, _text(name)):
-            family = self._tree.maker(parent)
-            if family is None or family.make is None:
-                raise Forbidden("no directory can be made here", "mkdir in a resource's directory makes a watcher")
-            self._own(parent, self._user(ctx))
-            self._refuse_taken(parent, _text(name), self._user(ctx))
-            family.make(parent.place, self._house, self._user(ctx), _text(name))
+            self._tree.maker(parent)
+            if not self._rights(parent, self._user(ctx)) & os.W_OK:
+                self._own(parent, self._user(ctx))
+            self._tree.make(parent, _text(name), self._user(ctx))
             self._house.last_errors.accepted(self._user(ctx))
         node = self._tree.lookup(parent, _text(name), self._user(ctx))
         node.lookups += 1
         return self._attributes(node, self._user(ctx))
 
-    def _refuse_taken(self, parent: Node, name: str, user: int) -> None:
-        try:
-            self._tree.lookup(parent, name, user)
-        except LimitsError:
-            return
-        raise Exists(f"{name!a} is here already")
-
     @_guarded
     def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         parent = self._tree.node(parent_inode)
         with self._explained(parent, self._user(ctx), None, _text(name)):
-            family = self._tree.maker(parent)
-            child = self._tree.lookup(parent, _text(name), self._user(ctx))
-            if family is None or family.remove is None or child.family is not family:
-                raise Forbidden("this directory is fixed", "rmdir removes named watchers")
-            family.remove(parent.place, self._house, self._user(ctx), _text(name))
-            self._tree.cut(child)
+            self._tree.remove(parent, _text(name), self._user(ctx))
             self._house.last_errors.accepted(self._user(ctx))
 
     def _own(self, node: Node, user: int) -> None:

@@ -46,7 +46,7 @@ class Notifier:
     """
 
     def __init__(self, mountpoint: str) -> None:
-        self._mountpoint = mountpoint
+        self.mountpoint = mountpoint
         self._batch: dict[str, None] = {}
         self._then: list[Callable[[], None]] = []
         self._wake = trio.Event()
@@ -71,4 +71,4 @@ class Notifier:
 
     def _touch_all(self, paths: list[str]) -> None:
         for path in paths:
-            touch(f"{self._mountpoint}/{path}")
+            touch(f"{self.mountpoint}/{path}")

@@ -55,7 +55,9 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Names of one kind that come and go in a directory; each is a directory `below`.
+    """Names of one kind that come and go in a directory.
+
+    Each is a directory `below`, or, with None, one more of the kind that it stands in.
 
     `bind` tells the place of a name, or raises Absent. `make` and `remove` are mkdir(2) and rmdir(2) for a
     user (uid); None: EPERM.
@@ -64,7 +66,7 @@ class Family:
     label: str
     names: Callable[["Place", "House", int], Iterable[str]]
     bind: Callable[["Place", "House", int, str], "Place"]
-    below: "Dir"
+    below: "Dir | None"
     make: Callable[["Place", "House", int, str], None] | None = None
     remove: Callable[["Place", "House", int, str], None] | None = None
     lasting: bool = True
@@ -166,7 +168,17 @@ THREADS = Dir(
     step=content.threads_of,
 )
 
-PROCESS = Dir("PID", "one process", (THREADS,), (_RESOURCES,))
+PROCESS = Dir(
+    "PID",
+    "one process",
+    (
+        THREADS,
+        Link(
+            "partition", "the partition that it belongs to", content.partition_link, present=content.has_partitions
+        ),
+    ),
+    (_RESOURCES,),
+)
 
 PROCESSES = Dir(
     "process",
@@ -174,6 +186,59 @@ PROCESSES = Dir(
     (Link("self", "the caller's own directory", content.self_link),),
     (Family("PID", content.process_names, content.bind_process, PROCESS, lasting=False), _RESOURCES),
     step=content.all_processes,
+)
+
+PARTITION = Dir(
+    "CGROUP",
+    "one partition, that is cgroup, with all that is in it and below",
+    families=(
+        _RESOURCES,
+        Family("CGROUP", content.partition_names, content.bind_partition, None, lasting=False),
+    ),
+)
+
+PARTITIONS = Dir(
+    "partition",
+    "all partitions, and RESOURCES for each or all of them",
+    families=(
+        _RESOURCES,
+        Family("CGROUP", content.partition_names, content.bind_partition, PARTITION, lasting=False),
+    ),
+    step=content.all_partitions,
+    present=content.has_partitions,
+)
+
+GROUP = Dir(
+    "GROUP",
+    "a group of processes: mkdir makes it, rmdir ends it",
+    (
+        File(
+            "select",
+            0o644,
+            "which processes belong to it: a condition on their columns",
+            content.show_select,
+            content.store_select,
+        ),
+        File("members", 0o444, "the processes that belong to it now, one pid on a line", content.show_members),
+        File("state", 0o444, "how many belong to it, and how that is known; flat-keyed", content.show_group),
+    ),
+    (_RESOURCES,),
+)
+
+GROUPS = Dir(
+    "group",
+    "groups of processes that users made",
+    families=(
+        Family(
+            "GROUP",
+            content.group_names,
+            content.bind_group,
+            GROUP,
+            content.make_group,
+            content.remove_group,
+        ),
+    ),
+    mode=0o1777,
 )
 
 SYSTEM = Dir("system", "the whole machine", families=(_RESOURCES,), step=content.whole_system)
@@ -186,17 +251,27 @@ ROOT = Dir(
         File("features", 0o444, "what this kernel lets us hear, how surely, at what cost", content.show_features),
         File("last_error", 0o444, "why your latest writes were refused", content.show_last_error),
         File("state", 0o444, "the daemon: watchers, sources, requests; flat-keyed", content.show_daemon),
+        File(
+            "rules",
+            0o600,
+            "what became of each rule of limitfs.d; write `reload` to read them again",
+            content.show_rules,
+            content.store_rules,
+        ),
         Event("event", 0o444, "every crossing that the reader may see", "all"),
         Event("births", 0o444, "fork, exec and exit of processes, while somebody has it open", "births"),
         SYSTEM,
+        PARTITIONS,
         PROCESSES,
+        GROUPS,
     ),
 )
 
 
 def walk(directory: Dir = ROOT, path: str = "") -> Iterator[tuple[str, Entry]]:
     """Every declared path with its entry, for manuals and tests; names that vary are in capitals."""
-    for entry in (*directory.entries, *(family.below for family in directory.families)):
+    below = (family.below for family in directory.families if family.below is not None)
+    for entry in (*directory.entries, *below):
         yield f"{path}{entry.name}", entry
         if isinstance(entry, Dir):
             yield from walk(entry, f"{path}{entry.name}/")

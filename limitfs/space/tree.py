@@ -7,10 +7,10 @@ belongs to another process, the old node is cut off and a new one made.
 
 import contextlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
-from limitfs.errors import Absent, Gone
+from limitfs.errors import Absent, Exists, Forbidden, Gone, LimitsError
 from limitfs.space import content
 from limitfs.space.content import Place
 from limitfs.space.house import House
@@ -122,13 +122,13 @@ class Tree:
     def _bind(self, parent: Node, name: str, user: int) -> tuple[Entry, Place, Family | None]:
         directory = parent.entry
         if not isinstance(directory, Dir):
-            raise Absent(f"{parent.place.path} is no directory")
+            raise Absent(f"{parent.path} is no directory")
         for entry in directory.entries:
             if entry.name == name and (entry.present is None or entry.present(parent.place)):
                 return entry, _step(parent.place, entry), None
         for family in directory.families:
             try:
-                return family.below, family.bind(parent.place, self.house, user, name), family
+                return family.below or directory, family.bind(parent.place, self.house, user, name), family
             except Absent:
                 continue
         raise Absent(f"no {name!a} in {parent.place.path or 'the root'}")
@@ -172,11 +172,37 @@ class Tree:
             node = node.children.get(name) if node is not None else None
         return node
 
-    def maker(self, parent: Node) -> Family | None:
-        """The family whose names are made by mkdir in `parent`, if there is one."""
+    def maker(self, parent: Node) -> Callable[[Place, House, int, str], None]:
+        """What mkdir in `parent` does. Raises Forbidden."""
         directory = parent.entry
         families = directory.families if isinstance(directory, Dir) else ()
-        return next((family for family in families if family.make is not None), None)
+        made = next((family.make for family in families if family.make is not None), None)
+        if made is None:
+            raise Forbidden("no directory can be made here", "mkdir in a resource's directory makes a watcher")
+        return made
+
+    def make(self, parent: Node, name: str, user: int) -> None:
+        """mkdir(2) by a user who may. Raises LimitsError."""
+        make = self.maker(parent)
+        if self._taken(parent, name, user):
+            raise Exists(f"{name!a} is here already")
+        make(parent.place, self.house, user, name)
+
+    def _taken(self, parent: Node, name: str, user: int) -> bool:
+        try:
+            self.lookup(parent, name, user)
+        except LimitsError:
+            return False
+        return True
+
+    def remove(self, parent: Node, name: str, user: int) -> Node:
+        """rmdir(2); gives the node, of which the kernel may know still. Raises LimitsError."""
+        child = self.lookup(parent, name, user)
+        if child.family is None or child.family.remove is None:
+            raise Forbidden("this directory is fixed", "rmdir removes named watchers")
+        child.family.remove(parent.place, self.house, user, name)
+        self.cut(child)
+        return child
 
     def owner(self, node: Node) -> int:
         """The uid of a node; of one whose target has ended, the last that was known."""

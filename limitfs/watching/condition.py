@@ -184,19 +184,30 @@ def parse(text: str, unit: Unit, rate: bool = False) -> Condition | None:
     return _Parser(text, unit, rate).threshold()
 
 
+def parse_amount(text: str, unit: Unit) -> Amount:
+    """Read an amount alone: `1.5G`, `80%`, `150ms`.
+
+    Raises:
+        Invalid: it is none.
+        Impossible: no value of that unit can be so large, small or endless.
+        Unsupported: it asks for `unusual`.
+    """
+    return _Parser(text, unit, rate=False).only_amount()
+
+
 def render(condition: Condition | None, unit: Unit) -> str:
     """The canonical text; `parse` reads the same condition back from it."""
     if condition is None:
         return "off"
     if condition.amount is None:
         return str(condition.op)
-    words = [str(condition.op), _render_amount(condition.amount, unit)]
+    words = [str(condition.op), render_amount(condition.amount, unit)]
     if condition.per is not None:
         words += ["per", _render_time(condition.per)]
     if condition.hold is not None:
         words += ["for", _render_time(condition.hold)]
     if condition.clear is not None:
-        words += ["clear", _render_amount(condition.clear, unit)]
+        words += ["clear", render_amount(condition.clear, unit)]
     if condition.once:
         words.append("once")
     return " ".join(words)
@@ -291,6 +302,12 @@ class _Parser:
         if self._peek().kind != "end":
             raise self._wrong(Invalid, f"nothing may follow {token.text!r}, found {self._peek()}")
         return Condition(Op.CHANGE) if token.text == "change" else None
+
+    def only_amount(self) -> Amount:
+        amount = self._amount()
+        if self._peek().kind != "end":
+            raise self._wrong(Invalid, f"nothing may follow an amount, found {self._peek()}")
+        return amount
 
     def _condition(self) -> Condition:
         op = Op(self._take().text) if self._peek().kind == "op" else Op.GE
@@ -411,7 +428,8 @@ def _trim(text: str) -> str:
     return text.removesuffix("\0").rstrip(" \t\r\n")
 
 
-def _render_amount(amount: Amount, unit: Unit) -> str:
+def render_amount(amount: Amount, unit: Unit) -> str:
+    """The canonical text of an amount; `parse_amount` reads the same back from it."""
     if amount.percent or unit is Unit.PERCENT:
         return _render_number(amount.number) + "%"
     if unit is Unit.BYTES:

@@ -51,7 +51,7 @@ class Record:
         pid, tid, comm, uid, partition: whose resource it is.
         source: how it was heard.
         guarantee: how surely.
-        count: how many lines could not be kept; only with LOST, and only then a key.
+        count: how many lines could not be kept, None for nobody knows; only with LOST, and only then a key.
     """
 
     seq: int
@@ -91,7 +91,7 @@ class Record:
         yield "partition", quoted(self.partition)
         yield "source", bare(self.source)
         yield "guarantee", bare(self.guarantee)
-        if self.count is not None:
+        if self.count is not None or self.crossing is Crossing.LOST:
             yield "count", number(self.count)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from limitfs.errors import Invalid, Quota, Unsupported
 from limitfs.hearing.source import Armed, Guarantee, LooksAgain, Refused, Source
-from limitfs.resources.members import collection
-from limitfs.resources.model import Process, Processes, Resource, System, Target, Threads
+from limitfs.resources.members import collection, concerns, starts_as_each, total
+from limitfs.resources.model import Partition, Partitions, Process, Processes, Resource, Several, System, Target
 from limitfs.watching.condition import Condition
 from limitfs.watching.watcher import PRIVATE, Emit, Surroundings, Watcher
 
@@ -59,6 +59,8 @@ class Registry:
         self._deaths: dict[Watcher, Callable[[], None]] = {}
         self.ended: Callable[[Watcher], None] = lambda _watcher: None
         """Called when a watcher has ended for good (its target did, or it was removed)."""
+        self.changed: Callable[[Watcher], None] = lambda _watcher: None
+        """Called when a watcher was made, armed, disarmed, set otherwise, or removed."""
 
     # Finding
 
@@ -87,7 +89,9 @@ class Registry:
         watcher = self._new(target, resource, path, name)
         self._hold(watcher, owner)
         self._follow_process(watcher)
-        return self._keep(watcher)
+        self._keep(watcher)
+        self.changed(watcher)
+        return watcher
 
     def make_private(self, target: Target, resource: Resource, path: str, owner: int) -> Watcher:
         """A watcher that lives as long as one open file. Raises Quota."""
@@ -97,7 +101,7 @@ class Registry:
         return watcher
 
     def _new(self, target: Target, resource: Resource, path: str, name: str | None) -> Watcher:
-        each = isinstance(target, Processes | Threads)
+        each = starts_as_each(resource, target)
         watcher = Watcher(target, resource, path, name, 0, each, self.surroundings, self._emit)
         watcher.hearing = self.hearing
         watcher.finished = self._finished
@@ -143,6 +147,7 @@ class Registry:
         except BaseException:
             self._disarm(watcher)
             raise
+        self.changed(watcher)
 
     def set_mode(self, watcher: Watcher, each: bool) -> None:
         """Choose each or sum; an armed watcher is armed again. Raises as `set_condition`."""
@@ -154,6 +159,7 @@ class Registry:
         except BaseException:
             watcher.each = before
             raise
+        self.changed(watcher)
 
     def set_hearing(self, watcher: Watcher, hearing: str) -> None:
         """Allow or decline kernel hooks; an armed watcher is armed again. Raises Invalid."""
@@ -161,16 +167,18 @@ class Registry:
             raise Invalid(f"{hearing!r} is no way of hearing", f"one of: {', '.join(HEARING)}")
         watcher.hearing = hearing
         self._rearm(watcher)
+        self.changed(watcher)
 
-    def limit_changed(self, process: Process, resource: Resource) -> None:
-        """The limit of `process` was set here: who takes a percentage of it judges anew. Raises as arming."""
-        targets = (process, Processes(), System())
-        for watcher in [w for target in targets for w in self._watchers.get((target, resource.name), {}).values()]:
-            condition = watcher.condition
-            if condition is None or condition.amount is None or not condition.amount.percent:
+    def limit_changed(self, target: Process | Partition, resource: Resource) -> None:
+        """The limit of `target` was set here: who takes a percentage of it judges anew. Raises as arming."""
+        for watcher in [w for w in self if w.resource is resource and w.condition is not None]:
+            assert watcher.condition is not None
+            assert watcher.heard is not None
+            amount = watcher.condition.amount
+            if amount is None or not amount.percent or not concerns(watcher.heard, watcher.each, target):
                 continue
-            if isinstance(watcher.armed, LooksAgain):
-                watcher.armed.look_again(process)
+            if isinstance(watcher.armed, LooksAgain) and isinstance(target, Process):
+                watcher.armed.look_again(target)
             elif watcher.armed is not None and watcher.armed.period is None:
                 self._rearm(watcher)
 
@@ -180,12 +188,12 @@ class Registry:
 
     def _refuse_senseless(self, watcher: Watcher) -> None:
         resource, target = watcher.resource, watcher.target
-        if not watcher.each and isinstance(target, Processes | Threads) and not resource.summable:
+        if not watcher.each and isinstance(target, Several) and not resource.summable:
             raise Unsupported(f"a sum of {resource.name} makes no sense", "write `each` to `mode`")
 
     def _arm_best(self, watcher: Watcher) -> Armed:
         want = watcher.want()
-        if not want.each and not isinstance(want.target, Processes | Threads):
+        if not want.each:
             want.levels(want.target)  # refuse an impossible percentage before anything is armed
         for source in self.choices(want.resource, want.target, want.each, watcher.hearing):
             try:
@@ -196,7 +204,7 @@ class Registry:
 
     def choices(self, resource: Resource, target: Target, each: bool, hearing: str) -> Iterator[Source]:
         """The sources that hear this, best first; who declined hooks gets none that is exact."""
-        heard = collection(target) if each else target
+        heard = collection(target) if each else total(resource, target)
         for source in self.sources:
             declined = hearing == "sampled" and source.guarantee is Guarantee.EXACT
             if not declined and source.hears(resource, heard, each):
@@ -218,6 +226,7 @@ class Registry:
             del named[watcher.name]
             if not named:
                 del self._watchers[key]
+        self.changed(watcher)
         self.ended(watcher)
 
     def drop_unused(self, watcher: Watcher) -> None:
@@ -229,6 +238,7 @@ class Registry:
         watcher.end()
         if watcher.name is None:
             self._release(watcher)
+        self.changed(watcher)
 
     def _finished(self, watcher: Watcher) -> None:
         """A watcher says that its target has ended, or that it has rung `once`."""
@@ -239,7 +249,7 @@ class Registry:
 
     def _follow_process(self, watcher: Watcher) -> None:
         """Hear of the end of the process that the watcher stands on; nothing to do for what never ends."""
-        if watcher not in self._deaths and not isinstance(watcher.target, System | Processes):
+        if watcher not in self._deaths and not isinstance(watcher.target, System | Partitions | Processes):
             self._deaths[watcher] = self._watch_death(watcher.target, lambda: self._target_ended(watcher))
 
     def _target_ended(self, watcher: Watcher) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from limitfs.errors import LimitsError
 from limitfs.hearing.source import Armed, Want, Witness
-from limitfs.resources.members import collection
-from limitfs.resources.model import Measured, Resource, Target
+from limitfs.resources.members import collection, total
+from limitfs.resources.model import Resource, Target
 from limitfs.resources.who import Who
 from limitfs.watching.alarm import Alarm, State
 from limitfs.watching.condition import Condition, render
@@ -61,8 +61,9 @@ class Watcher:
         owner: uid of who made it; counts against that user's quota.
         each: every member separately, else the total.
         hearing: "auto", or "sampled" where the user declines hooks.
-        alarms: entries into alarm since it was armed.
+        alarms: entries into alarm since it was armed, at `begun`.
         lost: for how many of them no line exists.
+        heard: what sources are asked about: the collection of its members, or what its total is measured on.
     """
 
     target: Target
@@ -79,10 +80,12 @@ class Watcher:
     alarms: int = 0
     lost_lines: int = 0
     since: float | None = None
+    begun: float | None = None
     value: float | None = None
     finished: Callable[["Watcher"], None] = lambda _watcher: None
     """Called when a `once` condition has rung, or the target has ended (`ended` tells which)."""
     ended: bool = False
+    heard: Target | None = None
     _members: dict[Target, Alarm] = field(default_factory=dict)
     _known: dict[Target, Who] = field(default_factory=dict)
     _cancel_deadline: dict[Target, Callable[[], None]] = field(default_factory=dict)
@@ -90,13 +93,14 @@ class Watcher:
     _witness: Witness | None = None
 
     def begin(self, condition: Condition) -> None:
-        """Start afresh with `condition`: all members clear, counters at zero."""
+        """Start afresh with `condition`: all members clear, counters at zero. Raises Gone."""
         self.end()
+        self.heard = collection(self.target) if self.each else total(self.resource, self.target)
         self.condition = condition
         # The last line names it, when nobody can be asked any more.
         self._known[self.target] = self.surroundings.describe(self.target)
         self.alarms = self.lost_lines = 0
-        self.since = self.surroundings.wall()
+        self.since = self.begun = self.surroundings.wall()
 
     def attach(self, armed: Armed) -> None:
         """`armed` hears for this watcher from now on; what it said while it was being armed is taken in."""
@@ -122,14 +126,10 @@ class Watcher:
     def want(self) -> Want:
         """What a source is to hear for this watcher."""
         assert self.condition is not None
+        assert self.heard is not None
         return Want(self.resource, self.heard, self.each, self.condition, self.levels)
 
-    @property
-    def heard(self) -> Target:
-        """What sources are asked about: the target, or the collection of its members."""
-        return collection(self.target) if self.each else self.target
-
-    def levels(self, member: Measured) -> tuple[float, float]:
+    def levels(self, member: Target) -> tuple[float, float]:
         """(level, clear) for one member, from its limit as it is now where the condition is in percent of it."""
         return self._levels(member)
 
@@ -204,8 +204,8 @@ class Watcher:
             self.ended = True
             self.finished(self)
 
-    def lost(self, count: int) -> None:
-        """The source missed `count` messages; a line says so and readings follow."""
+    def lost(self, count: int | None) -> None:
+        """The source missed `count` messages (None: nobody knows); a line says so and readings follow."""
         if self.condition is not None:
             self._emit(Crossing.LOST, self.target, None, None, count=count)
 

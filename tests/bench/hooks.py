@@ -121,7 +121,18 @@ def armed(limits: Mount, pid: int, resource: str) -> Iterator[str]:
     limits.write(f"{path}/threshold", NEVER[resource])
     yield limits.state(f"{path}/state")["source"]
     limits.write(f"{path}/threshold", "off")
-    time.sleep(0.05)  # detaching is not waited for
+    while _links(limits.daemon.pid):
+        time.sleep(0.05)  # detaching is not waited for
+    time.sleep(1)  # the last link has no descriptor any more, but may have a hook
+
+
+def _links(pid: int) -> int:
+    """How many programs it has attached, proc_pid_fdinfo(5)."""
+    count = 0
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            count += "link_type" in info.read_text()
+    return count
 
 
 def _audit(directory: Path, rounds: int) -> None:

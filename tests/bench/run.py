@@ -1,6 +1,6 @@
 """What limitfs costs, as ratios in one run: `python tests/bench/run.py [--minute SECONDS] [PART…]`.
 
-Parts: requests, thousand, arming, latency, wakeups. Every figure in docs/performance.md is a line of this
+Parts: requests, thousand, arming, kept, latency, wakeups. Every figure in docs/performance.md is a line of this
 program's output. Times are medians; a ratio compares with the same call on /proc, measured in turns with it.
 Needs root, and the packages of the test environment. See docs/performance.md for what bounds the figures.
 """
@@ -181,6 +181,33 @@ def arming(limits: Mount) -> None:
         print(f"{'resident with 10,000 armed':<44} {resident(limits.daemon.pid):9.1f} MiB")
 
 
+def kept(limits: Mount) -> None:
+    """What it costs to keep thresholds for after a crash: armed in turns with a mount that keeps nothing."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        mounted(Path(directory), "state=none") as forgets,
+        sleepers(100) as pids,
+    ):
+        rows = []
+        for turn in range(3 * ROUNDS):
+            took = []
+            for mount in (limits, forgets):
+                cost = Cost(mount.daemon.pid)
+                begun = time.perf_counter()
+                for pid in pids:
+                    mount.write(f"process/{pid}/cputime/threshold", f"{turn + 1}h")
+                took += [(time.perf_counter() - begun) / len(pids) * 1e6, cost.since()[0] / len(pids) * 1e6]
+            rows.append(took)
+    with_, cpu_with, without, cpu_without = (statistics.median(row[i] for row in rows) for i in range(4))
+    ratio = statistics.median(row[0] / row[2] for row in rows)
+    print(f"{'arming, kept for after a crash':<44} {with_:9.1f} us   not {without:8.1f} us   ratio {ratio:7.2f}")
+    print(f"{'  daemon CPU':<44} {cpu_with:9.1f} us   not {cpu_without:8.1f} us")
+    begun = time.perf_counter()
+    limits.daemon.terminate()
+    limits.daemon.wait()
+    print(f"{'from SIGTERM to the end, 100 armed':<44} {(time.perf_counter() - begun) * 1000:9.1f} ms")
+
+
 def clocked(helper: Helper, code: str, before: str = "") -> int:
     """Have `before` and then `code` done there; when `code` began, CLOCK_MONOTONIC ns."""
     with tempfile.NamedTemporaryFile("r") as told:
@@ -348,6 +375,7 @@ def main() -> None:
         "requests": requests,
         "thousand": thousand,
         "arming": arming,
+        "kept": kept,
         "latency": latency,
         "wakeups": lambda limits: wakeups(limits, chosen.minute),
     }

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ["mount/up", "mount/down", "mount/lib.sh", "tests/run", ".ci/run"]
+SCRIPTS = [
+    *("mount/up", "mount/down", "mount/lib.sh", "mount/deb", "mount/mount.limitfs", "mount/limitfs.init"),
+    *("mount/debian/limitfs.prerm", "mount/debian/limitfs.postrm", "tests/run", "tests/vm/boot", ".ci/run"),
+]
 
 
 def sh(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -33,7 +36,7 @@ def test_shellcheck() -> None:
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(script: str, option: str) -> None:
     done = subprocess.run([ROOT / script, option], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"usage: {script} [--at DIR]")
+    assert done.stdout.startswith(f"usage: {script} [--at DIR] [--boot]")
 
 
 @pytest.mark.parametrize("script", ["mount/up", "mount/down"])
@@ -45,11 +48,20 @@ def test_wrong_usage_exits_2(script: str, arguments: list[str]) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["-h"], 0), (["--nonsense"], 2), ([".", "."], 2), (["/none"], 1)]
+)
+def test_usage_of_deb(arguments: list[str], code: int) -> None:
+    done = subprocess.run([ROOT / "mount/deb", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("usage: mount/deb [DIR]" in done.stdout + done.stderr) == (code != 1)
+
+
 def test_only_down_purges() -> None:
     assert subprocess.run([ROOT / "mount/up", "--purge"], capture_output=True, check=False).returncode == 2
 
 
-@pytest.mark.parametrize("script", ["mount/up", "mount/down", "tests/run"])
+@pytest.mark.parametrize("script", ["mount/up", "mount/down", "tests/run", "tests/vm/boot"])
 def test_root_is_asked_for(script: str, tmp_path: Path) -> None:
     # An `id` of our own stands for another user.
     fake = tmp_path / "id"

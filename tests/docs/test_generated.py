@@ -4,14 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
 
 from limitfs.cli import main
-from limitfs.options import Options
+from limitfs.options import names
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -50,7 +49,7 @@ def test_manual_pages_are_clean(page: Path) -> None:
 
 
 def test_there_are_manual_pages() -> None:
-    assert [page.name for page in PAGES] == ["limitfs.5", "limitfs.8"]
+    assert [page.name for page in PAGES] == ["limitfs.5", "limitfs.8", "limitfs.d.5"]
 
 
 def _commands() -> list[tuple[str, click.Command]]:
@@ -69,7 +68,7 @@ def test_the_manual_has_every_command_and_option(name: str, command: click.Comma
 
 def test_the_manual_has_every_mount_option() -> None:
     page = (DOCS / "man/limitfs.8").read_text()
-    assert [f.name for f in fields(Options) if f".It Cm {f.name}" not in page] == []
+    assert [name for name in names() if f".It Cm {name}" not in page] == []
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,9 @@ def steps(markdown: str) -> Iterator[tuple[str, str]]:
 class Shell:
     """One bash that runs commands one after the other, errors among the output."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str = os.defpath, command: Sequence[str] = ("bash", "--norc", "--noprofile")) -> None:
         self.bash = subprocess.Popen(
-            ["bash", "--norc", "--noprofile"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -11,14 +11,12 @@ from conftest import PATIENCE
 from limitfs.hearing.cputimer import block_signal
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.source import Want, Witness
+from limitfs.resources import members
 from limitfs.resources.model import Measured, Resource, Target
 from limitfs.watching.condition import parse
 
 # Before any thread is started: the timers' signal kills who does not block it.
 block_signal()
-
-EXCURSIONS = int(os.environ.get("LIMITFS_EXCURSIONS", 10_000))
-"""How often a threshold is reached and left, to miss none; a multiple of 4. An emulated machine takes fewer."""
 
 
 @dataclass
@@ -74,6 +72,8 @@ def turned() -> Iterator[Turned]:
     before = set(os.listdir("/proc/self/fd"))
     reactor = Turned()
     yield reactor
+    while reactor.next_time() <= reactor.now():
+        reactor.pump()  # what is done slowly
     assert not reactor._readers, "a descriptor is still registered"
     reactor.close()
     left = {
@@ -93,7 +93,7 @@ def want(resource: Resource, target: Target, text: str, each: bool = False) -> W
     assert condition is not None
 
     def levels(member: Measured) -> tuple[float, float]:
-        return condition.levels(resource.whole(member))
+        return condition.levels(members.whole(resource, member))
 
     return Want(resource, target, each, condition, levels)
 

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_bpf_kit import Alarmed, base_fds, links, loaded, settle
 
-from kernelkit import EXCURSIONS, Turned, begin, turned, want
+from conftest import EXCURSIONS
+from kernelkit import Turned, begin, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing.bpf.layout import Kind
 from limitfs.hearing.bpf.source import BpfFds
@@ -28,10 +30,18 @@ def reactor() -> Iterator[Turned]:
         yield reactor
 
 
-@pytest.fixture
-def source(reactor: Turned) -> Iterator[BpfFds]:
-    with loaded(BpfFds, reactor) as source:
+@pytest.fixture(scope="module")
+def loaded_once() -> Iterator[BpfFds]:
+    """As in a daemon: loading takes an emulated machine longer than a test."""
+    with turned() as reactor, loaded(BpfFds, reactor) as source:
         yield source
+
+
+@pytest.fixture
+def source(reactor: Turned, loaded_once: BpfFds) -> Iterator[BpfFds]:
+    loaded_once.engine._reactor = reactor
+    yield loaded_once
+    loaded_once.engine.wait_detached()
 
 
 WAYS = {
@@ -59,6 +69,134 @@ def test_every_excursion_counts(reactor: Turned, source: BpfFds, helper: MakeHel
     armed.disarm()
     assert heard.total == EXCURSIONS
     assert heard.values()[-1] == base
+
+
+class Goer:
+    """A process that goes one of the ways of ways.c."""
+
+    def __init__(self, program: Path, way: str) -> None:
+        self.process = subprocess.Popen([program, way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        said = self._line()
+        if said.startswith("no: "):
+            self.end()
+            pytest.skip(f"this kernel has no such way: {said[4:]}")
+        assert said == "ready"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def go(self, count: int) -> list[int]:
+        """That often there and back; returns the processes that were born."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        *born, done = self._line().split()
+        assert done == "done"
+        return [int(pid) for pid in born]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program."""
+    program = tmp_path_factory.mktemp("ways") / "ways"
+    subprocess.run(["gcc", "-o", program, Path(__file__).with_name("ways.c")], check=True)
+    return program
+
+
+@pytest.fixture
+def goer(ways: Path) -> Iterator[Callable[[str], Goer]]:
+    made: list[Goer] = []
+
+    def make(way: str) -> Goer:
+        made.append(Goer(ways, way))
+        made[-1].go(10)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+RARE_WAYS = (
+    "ioctl",
+    "terminal",
+    "pidfd_getfd",
+    "int80",
+    "int80_dup2",
+    "int80_dup3",
+    "shared",
+    "io_uring",
+    "io_uring_worker",
+    "io_uring_polled",
+    "io_uring_batch",
+    "io_uring_linked",
+)
+
+
+@pytest.mark.parametrize("way", RARE_WAYS)
+def test_every_rare_excursion_counts(
+    reactor: Turned, source: BpfFds, goer: Callable[[str], Goer], way: str
+) -> None:
+    """And one level higher none."""
+    child = goer(way)
+    base = base_fds(child.pid)
+    heard, above = Alarmed(level=base + 1), Alarmed(level=base + 2)
+    listeners = (heard, above)
+    target = procfs.identify(child.pid)
+    armed = [source.arm(want(FDS, target, f">= {int(one.level)}"), one) for one in listeners]
+    child.go(EXCURSIONS)
+    settle(reactor)
+    for one in armed:
+        one.disarm()
+    assert heard.total == EXCURSIONS
+    assert heard.values()[-1] == base
+    assert above.total == 0
+
+
+def test_both_that_share_a_table_have_it(reactor: Turned, source: BpfFds, goer: Callable[[str], Goer]) -> None:
+    child = goer("shared")
+    partner = int(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text())
+    both = [procfs.identify(child.pid), procfs.identify(partner)]
+    level = base_fds(child.pid) + 1
+    heard = Alarmed(level=level)
+    armed = source.arm(want(FDS, Processes(), f">= {level}", each=True), heard)
+    child.go(EXCURSIONS)
+    settle(reactor)
+    armed.disarm()
+    assert [heard.alarms.get(member) for member in both] == [EXCURSIONS, EXCURSIONS]
+
+
+def test_born_with_the_table_of_another(reactor: Turned, source: BpfFds, goer: Callable[[str], Goer]) -> None:
+    child = goer("birth")
+    heard = Alarmed(level=3000)
+    armed = source.arm(want(FDS, Processes(), ">= 3000", each=True), heard)
+    born = child.go(EXCURSIONS)
+    settle(reactor)
+    armed.disarm()
+    assert len(born) == EXCURSIONS
+    assert alarms_of(heard, [child.pid]) == [1]
+    assert alarms_of(heard, born) == [1] * EXCURSIONS
+
+
+def test_a_table_of_its_own_is_nobody_elses(reactor: Turned, source: BpfFds, goer: Callable[[str], Goer]) -> None:
+    """The silent twin of `shared`."""
+    child = goer("unshared")
+    base = base_fds(child.pid)
+    heard = Alarmed(level=base + 1)
+    armed = source.arm(want(FDS, procfs.identify(child.pid), f">= {base + 1}"), heard)
+    child.go(EXCURSIONS)
+    settle(reactor)
+    armed.disarm()
+    assert heard.total == 0
 
 
 @pytest.mark.parametrize("make", ["os.pipe()", "[s.detach() for s in socket.socketpair()]"])
@@ -109,18 +247,26 @@ def test_four_threads_at_will_end_in_the_true_state(reactor: Turned, source: Bpf
     assert heard.values()[-1] < base + 3
 
 
-def test_children_inherit(reactor: Turned, source: BpfFds, helper: MakeHelper) -> None:
-    children = 500
-    child = helper()
-    child.open_files(3000)  # as nobody else here has
+def alarms_of(heard: Alarmed, pids: list[int]) -> list[int]:
+    """Other processes of the machine may have many descriptors too."""
+    wanted = set(pids)
+    return [count for who, count in heard.alarms.items() if isinstance(who, Process) and who.pid in wanted]
+
+
+def test_children_inherit(reactor: Turned, source: BpfFds, helper: MakeHelper, tmp_path: Path) -> None:
+    child = helper("born = []")
+    child.open_files(3000)  # as hardly anybody else here has
     heard = Alarmed(level=3000)
     armed = source.arm(want(FDS, Processes(), ">= 3000", each=True), heard)
-    child.do(f"for _ in range({children}): os.waitpid(os.fork() or os._exit(0), 0)")
+    child.do(f"for _ in range({EXCURSIONS}): born.append(os.fork() or os._exit(0)); os.waitpid(born[-1], 0)")
     settle(reactor)
     armed.disarm()
-    assert heard.total == children + 1
-    assert len(heard.alarms) == children + 1
-    assert sum(member in heard.alarms for member in heard.ended) == children
+    child.do(f"open({str(tmp_path / 'born')!r}, 'w').write(' '.join(map(str, born)))")
+    born = [int(pid) for pid in (tmp_path / "born").read_text().split()]
+    assert len(born) == EXCURSIONS
+    assert alarms_of(heard, [child.pid]) == [1]
+    assert alarms_of(heard, born) == [1] * EXCURSIONS
+    assert set(born) <= {who.pid for who in heard.ended if isinstance(who, Process)}
 
 
 def test_one_below_is_silent_and_wakes_nobody(reactor: Turned, source: BpfFds, helper: MakeHelper) -> None:

@@ -110,7 +110,11 @@ def test_layouts_are_those_of_the_header() -> None:
         "member": layout.Member,
         "state": layout.State,
         "record": layout.Record,
-        "seed": layout.Seed,
+        "share": layout.Share,
+        "total": layout.Total,
+        "membership": layout.Membership,
+        "planting": layout.Planting,
+        "leaving": layout.Leaving,
         "control": layout.Control,
     }
     lines = ["#include <linux/types.h>", f'#include "{build.SOURCES}/limitfs.h"']

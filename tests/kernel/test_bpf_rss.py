@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from test_bpf_kit import Alarmed, links, loaded, settle
 
-from kernelkit import EXCURSIONS, Turned, turned, want
+from conftest import EXCURSIONS
+from kernelkit import Turned, turned, want
 from limitfs.hearing.bpf.source import BpfRss
 from limitfs.resources import procfs
 from limitfs.resources.memory import Memory, Shared

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from test_bpf_kit import Alarmed, links, loaded, settle
 
-from kernelkit import EXCURSIONS, Turned, turned, want
+from conftest import EXCURSIONS
+from kernelkit import Turned, turned, want
 from limitfs.hearing.bpf.layout import Kind
 from limitfs.hearing.bpf.source import Birth, BpfTasks
 from limitfs.resources import members, procfs

@@ -19,6 +19,7 @@ from limitfs.hearing.births import Birth, Births
 from limitfs.hearing.connector import Comm, Connector, Event, Exec, Exit, Fork, Kind, Lost, Uid
 from limitfs.hearing.counting import Census, ConnectorSource
 from limitfs.hearing.deaths import Deaths
+from limitfs.hearing.membership import Membership
 from limitfs.hearing.source import Refused
 from limitfs.resources import procfs, tasks
 from limitfs.resources.model import Process, Processes, System, Thread
@@ -51,7 +52,8 @@ def connector(reactor: Turned) -> Connector:
 
 @pytest.fixture
 def source(reactor: Turned, connector: Connector) -> ConnectorSource:
-    return ConnectorSource(reactor, connector, Deaths(reactor))
+    deaths = Deaths(reactor)
+    return ConnectorSource(reactor, connector, deaths, Membership(reactor, connector, deaths))
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from limitfs.hearing import cputimer
 from limitfs.hearing.connector import Connector
 from limitfs.hearing.cputimer import CpuTimers, CpuTimerSource
 from limitfs.hearing.deaths import Deaths
+from limitfs.hearing.membership import Membership
 from limitfs.hearing.source import Refused
 from limitfs.resources import procfs
 from limitfs.resources.cpu import Cpu, Cputime
 from limitfs.resources.memory import Memory
-from limitfs.resources.model import Process, Processes, System, Thread
+from limitfs.resources.model import Partition, Process, Processes, System, Thread
 
 MakeHelper = Callable[..., Any]
 
@@ -37,7 +38,8 @@ def timers(reactor: Turned) -> CpuTimers:
 
 @pytest.fixture
 def source(reactor: Turned, timers: CpuTimers) -> CpuTimerSource:
-    return CpuTimerSource(reactor, timers, Deaths(reactor), Connector(reactor))
+    deaths = Deaths(reactor)
+    return CpuTimerSource(reactor, timers, deaths, Membership(reactor, Connector(reactor), deaths))
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_what_is_its_business(source: CpuTimerSource) -> None:
     process = Process(1, 1)
     assert source.hears(Cpu(), process, each=False)
     assert source.hears(Cputime(), Processes(), each=True)
-    assert source.hears(Cputime(), System(), each=True)
+    assert source.hears(Cputime(), Processes(Partition("/a", 1, 1)), each=True)
     assert not source.hears(Cpu(), System(), each=False)
     assert not source.hears(Cpu(), process, each=True)
     assert not source.hears(Cpu(), Thread(1, 1, 1), each=False)

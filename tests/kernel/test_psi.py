@@ -9,9 +9,12 @@ import pytest
 import trio
 
 from kernelkit import Heard, Turned, begin, burn, turned, want
+from limitfs.hearing.eachpartition import EachPartition
 from limitfs.hearing.edges import Edges
+from limitfs.hearing.partitions import Directories
 from limitfs.hearing.psi import PsiSource, PsiTrigger
 from limitfs.hearing.reactor import Reactor
+from limitfs.hearing.sampling import SamplingSource
 from limitfs.hearing.source import Refused
 from limitfs.resources.cpu import Cpu
 from limitfs.resources.model import Process, System
@@ -36,6 +39,10 @@ def edges(reactor: Turned) -> Edges:
 @pytest.fixture
 def heard() -> Heard:
     return Heard()
+
+
+def source_of(reactor: Turned, edges: Edges) -> PsiSource:
+    return PsiSource(reactor, edges, EachPartition(Directories(reactor), SamplingSource(reactor)))
 
 
 def crowd(helper: MakeHelper, seconds: float) -> None:
@@ -95,11 +102,11 @@ def test_no_such_file_is_refused(edges: Edges) -> None:
 
 
 def test_the_source_works_here(reactor: Turned, edges: Edges) -> None:
-    assert PsiSource(reactor, edges).missing() is None
+    assert source_of(reactor, edges).missing() is None
 
 
 def test_what_is_its_business(reactor: Turned, edges: Edges) -> None:
-    source = PsiSource(reactor, edges)
+    source = source_of(reactor, edges)
     assert source.hears(CpuPressure(), System(), each=False)
     assert not source.hears(CpuPressure(), Process(1, 1), each=False)
     assert not source.hears(Cpu(), System(), each=False)
@@ -108,11 +115,11 @@ def test_what_is_its_business(reactor: Turned, edges: Edges) -> None:
 @pytest.mark.parametrize("text", ["< 5", "change", "0%", "150%", "50% per 100ms"])
 def test_what_no_trigger_can_tell_is_refused(reactor: Turned, edges: Edges, heard: Heard, text: str) -> None:
     with pytest.raises(Refused):
-        PsiSource(reactor, edges).arm(want(CpuPressure(), System(), text), heard)
+        source_of(reactor, edges).arm(want(CpuPressure(), System(), text), heard)
 
 
 def test_pressure_rings_and_clears(reactor: Turned, edges: Edges, heard: Heard, helper: MakeHelper) -> None:
-    armed = PsiSource(reactor, edges).arm(want(CpuPressure(), System(), "> 30% per 2s"), heard)
+    armed = source_of(reactor, edges).arm(want(CpuPressure(), System(), "> 30% per 2s"), heard)
     assert len(heard.readings) == 1
     crowd(helper, 1.5)
     reactor.until(lambda: heard.values()[-1] > 30)
@@ -127,7 +134,7 @@ def stays_pressed(heard: Heard) -> bool:
 
 
 def test_without_pressure_it_sleeps(reactor: Turned, edges: Edges, heard: Heard) -> None:
-    armed = PsiSource(reactor, edges).arm(want(MemoryPressure(), System(), "99% per 2s"), heard)
+    armed = source_of(reactor, edges).arm(want(MemoryPressure(), System(), "99% per 2s"), heard)
     assert reactor.quiet(3) == 0
     assert len(heard.readings) == 1
     armed.disarm()

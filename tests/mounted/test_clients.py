@@ -157,17 +157,6 @@ def test_umount_while_a_reader_is_there(tmp_path: Path) -> None:
         assert limits.daemon.wait(PATIENCE) == 0
 
 
-def test_lazy_umount_lets_readers_finish(tmp_path: Path, helper: Make) -> None:
-    child = helper()
-    with private_mount(tmp_path) as limits:
-        with (limits / f"process/{child.pid}/fds/usage").open("rb", buffering=0) as file:
-            subprocess.run(["umount", "-l", limits.root], check=True)
-            assert not os.path.ismount(limits.root)
-            assert file.read() == f"{child.fds()}\n".encode()
-            assert limits.daemon.poll() is None
-        assert limits.daemon.wait(PATIENCE) == 0
-
-
 def test_a_killed_daemon_ends_its_readers(tmp_path: Path) -> None:
     with private_mount(tmp_path) as limits:
         fd = os.open(limits / "event", os.O_RDONLY)

@@ -162,18 +162,17 @@ def test_comm(proc: FakeProc, name: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "path"),
+    ("text", "paths"),
     [
-        (b"0::/system.slice/a:b.service\n", "/system.slice/a:b.service"),
-        (b"9:name=systemd:/x\n8:pids:/y\n0::/\n", "/"),
-        (b"9:name=systemd:/x\n8:cpu,cpuacct:/y\n", "/x"),
-        (b"8:pids:/y\n", None),
-        (b"", None),
+        (b"0::/system.slice/a:b.service\n", {"": "/system.slice/a:b.service"}),
+        (b"9:name=systemd:/x\n0::/\n", {"name=systemd": "/x", "": "/"}),
+        (b"8:cpu,cpuacct:/a b\\c\xff\n", {"cpu,cpuacct": "/a b\\c\udcff"}),
+        (b"", {}),
     ],
 )
-def test_cgroup(proc: FakeProc, text: bytes, path: str | None) -> None:
+def test_cgroups(proc: FakeProc, text: bytes, paths: dict[str, str]) -> None:
     proc("7/cgroup", text)
-    assert procfs.cgroup(7) == path
+    assert {",".join(sorted(names)): path for names, path in procfs.cgroups(7).items()} == paths
 
 
 def test_thread_group(proc: FakeProc) -> None:

@@ -7,26 +7,30 @@ import psutil
 import pytest
 
 from limitfs.errors import Unsupported
-from limitfs.resources import RESOURCES, at, procfs
+from limitfs.resources import RESOURCES, at, kinds, procfs
 from limitfs.resources.model import Level, System
 from limitfs.resources.pressure import CpuPressure, Pressure
+from limitfs.resources.sockets import Channels, Connections
 
 MACHINE = System()
 TABLE = [
     "cpu", "cputime", "memory", "available", "swap", "shared", "virtual", "data", "locked", "stack", "fds",
-    "threads", "processes", "signals", "cpu_pressure", "memory_pressure", "io_pressure",
+    "threads", "processes", "channels", "connections", "signals", "filesize",
+    "cpu_pressure", "memory_pressure", "io_pressure",
 ]  # fmt: skip
 
 
 def test_the_table_is_in_the_manual_s_order() -> None:
-    here = [name for name in TABLE if not name.endswith("_pressure") or os.path.exists("/proc/pressure")]
-    assert list(RESOURCES) == here
+    assert [each.name for each in kinds()] == TABLE
+    missing = {name for name in TABLE if name.endswith("_pressure") and not os.path.exists("/proc/pressure")}
+    missing |= {each.name for each in (Channels(), Connections()) if not each.present()}
+    assert list(RESOURCES) == [name for name in TABLE if name not in missing]
     assert all(each.name == name and each.help and each.levels for name, each in RESOURCES.items())
 
 
 def test_at() -> None:
     assert [each.name for each in at(Level.THREAD)] == ["cpu", "cputime", "stack"]
-    assert at(Level.PARTITION) == []
+    assert {"memory", "fds", "threads", "processes"} <= {each.name for each in at(Level.PARTITION)}
 
 
 @pytest.mark.parametrize("name", [each.name for each in at(Level.SYSTEM)])

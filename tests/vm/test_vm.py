@@ -18,10 +18,14 @@ RUNS = subprocess.run([RUN, "--list"], capture_output=True, text=True, check=Tru
 @pytest.mark.vm
 @pytest.mark.parametrize("run", RUNS)
 def test_under(run: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """What happens there is shown as it happens."""
+    passes([str(RUN), run], capfd)
+
+
+def passes(script: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Run it, and show what happens there as it happens."""
     lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
     command = subprocess.Popen(
-        [RUN, run], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     assert command.stdout is not None
     try:

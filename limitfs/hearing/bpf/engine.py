@@ -12,34 +12,55 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from limitfs.hearing.bpf import libbpf
 from limitfs.hearing.bpf.layout import (
     EVERY,
+    EVERY_CGROUP,
+    GROUP,
+    PROCESS,
     WATCHES,
     Config,
     Control,
+    Flag,
+    Leaving,
     Member,
+    Membership,
+    Planting,
     Record,
-    Seed,
-    SeedError,
+    Share,
     State,
+    Total,
     Watch,
     What,
+    Wide,
 )
-from limitfs.hearing.bpf.libbpf import BPF_NOEXIST, BpfError
-from limitfs.hearing.reactor import Reactor
+from limitfs.hearing.bpf.libbpf import BPF_EXIST, BPF_NOEXIST, BpfError
+from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Refused
+from limitfs.resources.model import Group, Process
 
 log = logging.getLogger(__name__)
 
 _OBJECTS = Path(__file__).parent
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 """PROC_PID_INIT_INO of linux/proc_ns.h."""
+
+GRACE = 1.0
+"""Seconds for which hooks stay attached that nobody needs any more: arming again costs nothing meanwhile."""
+
+NO_WATCH = 2**32 - 1
+"""Higher than the number of any watch."""
+
+CGROUP_HOOKS = frozenset({"cgroup_attach_task", "cgroup_rmdir", "cgroup_mkdir"})
+"""Without them the cgroups of processes cannot be followed."""
+
+_CALLED = frozenset({"look_at", "plant", "leave"})
+"""Programs that are run by us."""
 
 _CULPRIT = re.compile(r"prog '(\w+)': (?:BPF program load failed|failed to load)")
 
@@ -83,6 +104,24 @@ class Client(Protocol):
     def overran(self) -> None:
         """Records were lost; the maps still know."""
 
+    def lacks(self, count: int) -> None:
+        """There was no room for so many states or shares, perhaps its own."""
+
+
+@dataclass
+class _Followed:
+    """A group whose members the kernel is told.
+
+    Attributes:
+        users: who needs that.
+        cancel: ends it; None while it begins.
+        present: those who were there at first, while nobody has looked at them.
+    """
+
+    users: int
+    cancel: Callable[[], None] | None = None
+    present: list[Process] = field(default_factory=list)
+
 
 class Engine:
     """The programs of one object.
@@ -99,6 +138,8 @@ class Engine:
         self.cost = ""
         self._births: list[Callable[[Record], None]] = []
         self._sums: Counter[int] = Counter()
+        self._ledgers = itertools.count(1)
+        self._groups: dict[int, _Followed] = {}
         self._reactor = reactor
         self._path = directory / f"{name}.bpf.o"
         self._ways = ways
@@ -107,8 +148,11 @@ class Engine:
         self._object: libbpf.Object | None = None
         self._control: Control | None = None
         self._programs: set[str] = set()
+        self._follows_cgroups = False
         self._links = libbpf.Links()
         self._detaching: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._grace: Timer | None = None
         self._users = 0
         self._ids = itertools.count(1)
         self._clients: dict[int, Client] = {}
@@ -154,8 +198,8 @@ class Engine:
 
     def _try(self, hooks: Hooks) -> None:
         """Load and attach; what is refused is left out while the rest suffices."""
-        called = {"seed", *hooks.run}
-        programs = called.union(hooks.optional, *hooks.needed)
+        called = {*_CALLED, *hooks.run}
+        programs = called.union(CGROUP_HOOKS, hooks.optional, *hooks.needed)
         while True:
             self._object = libbpf.Object(self._path)
             sections = self._object.sections()
@@ -179,6 +223,7 @@ class Engine:
         before = _nanoseconds(hooks.probe)
         self._attach(hooks)
         after = _nanoseconds(hooks.probe)
+        self._follows_cgroups = all(name in self._links for name in CGROUP_HOOKS)
         self._detach()
         self.cost = hooks.cost if hooks.probe is None else f"{hooks.cost}: {max(0, after - before):.0f} ns here"
 
@@ -201,43 +246,57 @@ class Engine:
                 raise Refused(str(error)) from error
             self._pending: list[Record] = []
             self._dropped = self.control.dropped
+            self.control.heard = self.control.full
             self._reactor.add_reader(self._ring.fd, self._drain)
         self._users += 1
 
     def release(self) -> None:
-        """Detach, if nobody else uses it."""
+        """Detach after a while, if nobody else uses it."""
         self._users -= 1
         if self._users == 0:
             self._reactor.remove_reader(self._ring.fd)
             self._ring.drain()  # or its records would be the next user's
             self._ring.close()
             self._pending.clear()
-            self._detach()
+            self._sweep()
+            self._grace = self._reactor.call_at(self._reactor.now() + GRACE, self._detach)
 
     def close(self) -> None:
         """Unload; nobody may use it any more."""
-        self.wait_detached()
+        self._end_grace()
+        self._detach()
         self._unload()
         self._tried = False
 
+    def _end_grace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+
     def _attach(self, hooks: Hooks) -> None:
+        """Attach what is not attached: within the time of grace, nothing."""
         assert self._object is not None
+        self._end_grace()
+        self._stop.set()  # then it is one program at most that is waited for
         self.wait_detached()
-        attached = set()
         for name in sorted(self._programs):
+            if name in self._links:
+                continue
             try:
                 self._object.attach(name, self._links)
-                attached.add(name)
             except BpfError as error:
                 log.debug("%s", error)
-        if not hooks.suffice(attached):
+        if not hooks.suffice({name for name in self._programs if name in self._links}):
             self._detach()
             raise BpfError(0, "the kernel does not let the hooks be attached")
 
     def _detach(self) -> None:
         # fexit takes up to half a second, in which the event loop must go on.
-        links, self._links = self._links, libbpf.Links()
-        self._detaching = threading.Thread(target=links.destroy, name="limitfs-detach", daemon=True)
+        self.wait_detached()
+        self._stop = threading.Event()
+        self._detaching = threading.Thread(
+            target=self._links.destroy, args=(self._stop,), name="limitfs-detach", daemon=True
+        )
         self._detaching.start()
 
     def wait_detached(self) -> None:
@@ -245,6 +304,19 @@ class Engine:
         if self._detaching is not None:
             self._detaching.join()
             self._detaching = None
+
+    def _sweep(self) -> None:
+        """What events that were under way have left behind."""
+        assert self._object is not None
+        keys = {
+            "states": Member,
+            "shares": Share,
+            "totals": Total,
+            "memberships": Member,
+            "containers": ctypes.c_uint32,
+        }
+        for name, key in keys.items():
+            self._object.map(name).clear(key)
 
     def _unload(self) -> None:
         self.wait_detached()
@@ -261,73 +333,113 @@ class Engine:
         assert self._control is not None
         return self._control
 
-    def add(self, client: Client, tgid: int, start: int, watches: list[Watch]) -> None:
-        """Watch one process, or every process (EVERY, 0).
+    @property
+    def follows_cgroups(self) -> bool:
+        """Whether it knows who is in which cgroup."""
+        return self._follows_cgroups
+
+    def add(self, client: Client, scope: int, start: int, watches: list[Watch]) -> None:
+        """Watch a scope; `start`: of a process, else 0.
 
         Raises:
-            Refused: there are too many watches on it, or watched processes.
+            Refused: there are too many watches on it, or watched scopes.
         """
-        start_now, present = self._configs.get(tgid, (start, []))
+        start_now, present = self._configs.get(scope, (start, []))
         if start_now != start:
             present = []  # of a process that had this number before
         if len(present) + len(watches) > WATCHES:
             raise Refused(f"{WATCHES} watches already")
         for watch in watches:
             watch.id = next(self._ids)
-            self._clients[watch.id] = client
-        self._store(tgid, start, present + watches)
+        self._store(scope, start, present + watches)
+        self._clients.update((watch.id, client) for watch in watches)
 
-    def remove(self, tgid: int, start: int, watches: list[Watch]) -> None:
+    def remove(self, scope: int, start: int, watches: list[Watch]) -> None:
         """Undo `add`; harmless where the process has ended meanwhile."""
         ids = {watch.id for watch in watches}
         for number in ids:
             self._clients.pop(number, None)
-        start_now, present = self._configs.get(tgid, (None, []))
+        start_now, present = self._configs.get(scope, (None, []))
         if start_now == start:
-            self._store(tgid, start, [watch for watch in present if watch.id not in ids])
-        for key in self._states().keys(Member) if tgid == EVERY else [Member(n, tgid, start) for n in ids]:
-            if key.watch in ids:
-                self._states().delete(key)
+            self._store(scope, start, [watch for watch in present if watch.id not in ids])
+        states = self._states()
+        for watch in watches:
+            keys = [own_member(watch, scope, start)] if _is_single(watch, scope) else states.keys(Member)
+            for key in keys:
+                if key.watch == watch.id:
+                    states.delete(key)
 
-    def forget(self, tgid: int, start: int) -> None:
+    def forget(self, scope: int, start: int) -> None:
         """The process has ended: the kernel has dropped its watches by itself."""
-        if self._configs.get(tgid, (None, []))[0] == start:
-            del self._configs[tgid]
+        if self._configs.get(scope, (None, []))[0] == start:
+            del self._configs[scope]
 
-    def _store(self, tgid: int, start: int, watches: list[Watch]) -> None:
+    def _store(self, scope: int, start: int, watches: list[Watch]) -> None:
         assert self._object is not None
         configs = self._object.map("configs")
         if watches:
-            self._configs[tgid] = start, watches
             config = Config(start=start, count=len(watches))
             config.watches[: len(watches)] = watches
             try:
-                configs.update(ctypes.c_uint32(tgid), config)
+                configs.update(ctypes.c_uint64(scope), config)
             except BpfError as error:
                 raise Refused(str(error)) from error
+            self._configs[scope] = start, watches
         else:
-            self._configs.pop(tgid, None)
-            configs.delete(ctypes.c_uint32(tgid))
-        self._set_every()
+            self._configs.pop(scope, None)
+            configs.delete(ctypes.c_uint64(scope))
+        self._set_wide()
 
-    def _set_every(self) -> None:
-        self.control.every = len(self._configs.get(EVERY, (0, []))[1]) + sum(self._sums.values())
+    def _set_wide(self) -> None:
+        """What the hooks look for beyond single processes."""
+        wide = Wide(0)
+        for scope, (_start, watches) in self._configs.items():
+            if scope == EVERY_CGROUP:
+                wide |= Wide.TOTALS
+            elif scope < GROUP and not all(watch.flags & Flag.SUM for watch in watches):
+                wide |= Wide.EVERY if scope == EVERY else Wide.CGROUPS
+        if self._groups:
+            wide |= Wide.GROUPS
+        if any(self._sums.values()):
+            wide |= Wide.SUMS
+        self.control.wide = wide
 
-    # States
+    # Judging the present
 
-    def seed(self, config: int, member: Member, value: int, flips: int, limit: int) -> tuple[SeedError, int]:
-        """Take in a value that was read while the state was at `flips`; returns where it is now.
+    def look(self, process: Process | None = None, plant: int = NO_WATCH) -> int:
+        """Have every process judged, or one, as if it had changed; how many are alive.
+
+        Args:
+            process: which; None: all.
+            plant: watches from this number on turn their states without a record.
 
         Raises:
             Refused: the program does not run.
         """
         assert self._object is not None
-        argument = Seed(member=member, value=value, flips=flips, limit=limit, config=config)
+        control = self.control
+        control.pid, control.start = (process.pid, process.start) if process is not None else (0, 0)
+        control.plant, control.seen, control.wanted = plant, 0, 1
         try:
-            self._object.run("seed", argument)
+            self._object.iterate("look_at", os.getpid())
         except BpfError as error:
             raise Refused(str(error)) from error
-        return SeedError(argument.error), argument.flips
+        if process is None:
+            self._drop_unseen()
+        return int(control.seen)
+
+    def plant(self, config: int, scope: int, watch: int) -> None:
+        """Have the total of `scope` judged by the watches in `config` from number `watch` on, without records."""
+        self._run("plant", Planting(config=config, scope=scope, watch=watch))
+
+    def _run(self, name: str, argument: ctypes.Structure) -> None:
+        assert self._object is not None
+        try:
+            self._object.run(name, argument)
+        except BpfError as error:
+            raise Refused(str(error)) from error
+
+    # States
 
     def state(self, member: Member) -> State:
         """The state of a member; all zero where it has none yet."""
@@ -354,18 +466,14 @@ class Engine:
 
     # Sums
 
-    def count_in(self, kind: int, values: Callable[[], Iterable[tuple[int, int, int]]]) -> None:
-        """Keep the total of `kind`; `values` are (tgid, start, value) of every process, read when needed."""
-        assert self._object is not None
+    def count_in(self, kind: int) -> bool:
+        """Keep the totals of `kind`; True where they begin with this: `look` then counts the present."""
         self._sums[kind] += 1
         if self._sums[kind] > 1:
-            return
-        self._set_sums()
-        # Events count from now on; whoever has had none yet is counted here.
-        shares = self._object.map("shares")
-        for tgid, start, value in values():
-            if shares.update(Member(kind, tgid, start), ctypes.c_int64(value), BPF_NOEXIST):
-                self.control.base[kind] += value
+            return False
+        self.control.ledgers[kind] = next(self._ledgers)
+        self._set_wide()
+        return True
 
     def count_out(self, kind: int) -> None:
         """Undo `count_in`."""
@@ -373,21 +481,121 @@ class Engine:
         self._sums[kind] -= 1
         if self._sums[kind]:
             return
-        self._set_sums()
-        shares = self._object.map("shares")
-        for member in shares.keys(Member):
-            if member.watch == kind:
-                shares.delete(member)
-        self.control.base[kind] = self.control.total[kind] = 0
+        # What is under way writes to a ledger that nobody reads any more.
+        ledger, self.control.ledgers[kind] = self.control.ledgers[kind], 0
+        self._set_wide()
+        for name, key_type in (("shares", Share), ("totals", Total)):
+            found = self._object.map(name)
+            for key in found.keys(key_type):
+                if key.ledger == ledger:
+                    found.delete(key)
 
-    def total(self, kind: int) -> int:
-        """The sum now."""
-        control = self.control
-        return int(control.total[kind] + control.base[kind])
+    def total(self, kind: int, scope: int = EVERY) -> int:
+        """The sum now; 0 where nobody was in the scope yet."""
+        assert self._object is not None
+        value = ctypes.c_int64(0)
+        self._object.map("totals").lookup(Total(ledger=self.control.ledgers[kind], scope=scope), value)
+        return value.value
 
-    def _set_sums(self) -> None:
-        self.control.sums = sum(1 << kind for kind, users in self._sums.items() if users)
-        self._set_every()
+    # Groups
+
+    def enter(self, group: Group) -> None:
+        """Tell the kernel who is in `group` from now on; `look` then judges the present.
+
+        Raises:
+            Refused: a process is in too many groups.
+        """
+        followed = self._groups.get(group.number)
+        if followed is not None:
+            followed.users += 1
+            return
+        followed = self._groups[group.number] = _Followed(1)
+        self._set_wide()  # first, so that children inherit
+        try:
+            followed.cancel = group.follow(
+                lambda process: self._joined(group.number, process),
+                lambda process: self.leave(group.number, process),
+            )
+        except BaseException:
+            self.exit(group)
+            raise
+
+    def exit(self, group: Group) -> None:
+        """Undo `enter`."""
+        followed = self._groups[group.number]
+        followed.users -= 1
+        if followed.users:
+            return
+        if followed.cancel is not None:
+            followed.cancel()
+        for key in self._memberships().keys(Member):
+            self.leave(group.number, Process(key.tgid, key.start))
+        del self._groups[group.number]
+        self._set_wide()
+
+    def _joined(self, number: int, process: Process) -> None:
+        followed = self._groups.get(number)
+        if followed is None:
+            return
+        if followed.cancel is None:
+            self._join(number, process)
+            followed.present.append(process)
+            return
+        try:
+            self._join(number, process)
+        except Refused as refusal:
+            log.warning("process %d: %s", process.pid, refusal)
+            self._tell_lack(1)
+            return
+        if not self.look(process):
+            self._memberships().delete(_key_of(process))
+
+    def _join(self, number: int, process: Process) -> None:
+        key, memberships = _key_of(process), self._memberships()
+        while True:
+            membership = Membership()
+            there = memberships.lookup(key, membership)
+            groups = membership.groups
+            if number in groups:
+                return
+            if 0 not in groups:
+                raise Refused(f"in {len(groups)} groups already")
+            groups[list(groups).index(0)] = number
+            membership.seen = 0
+            try:
+                # The kernel removes it at its end, and makes it for a child.
+                if memberships.update(key, membership, BPF_EXIST if there else BPF_NOEXIST):
+                    return
+            except BpfError as error:
+                raise Refused(str(error)) from error
+
+    def leave(self, number: int, process: Process) -> None:
+        """`process` is not in that group (any more); harmless where it never was.
+
+        A child is in the groups of its parent until this says otherwise.
+        """
+        key, memberships = _key_of(process), self._memberships()
+        membership = Membership()
+        if not memberships.lookup(key, membership) or number not in membership.groups:
+            return
+        membership.groups[list(membership.groups).index(number)] = 0
+        memberships.update(key, membership, BPF_EXIST)
+        if not any(membership.groups):
+            memberships.delete(key)
+        self._run("leave", Leaving(tgid=process.pid, group=number, start=process.start))
+
+    def _drop_unseen(self) -> None:
+        """Those that have ended before they were told to the kernel."""
+        for followed in self._groups.values():
+            present, followed.present = followed.present, []
+            for process in present:
+                membership = Membership()
+                if self._memberships().lookup(_key_of(process), membership) and not membership.seen:
+                    self._memberships().delete(_key_of(process))
+
+    def _memberships(self) -> libbpf.Map:
+        assert self._object is not None
+        return self._object.map("memberships")
 
     # Births
 
@@ -427,6 +635,24 @@ class Engine:
             self._dropped = self.control.dropped
             for client in set(self._clients.values()):
                 _guarded(client.overran)
+        if self._users and (lacking := self._lacking()):
+            self._tell_lack(lacking)
+
+    def _lacking(self) -> int:
+        """For how much there was no room, since we looked last."""
+        before = self.control.heard
+        while self.control.heard != self.control.full:  # the kernel wakes us for the first beyond this
+            self.control.heard = self.control.full
+        return int(self.control.heard - before)
+
+    def _tell_lack(self, count: int) -> None:
+        for client in set(self._clients.values()):
+            _guarded(lambda client=client: client.lacks(count))  # type: ignore[misc]
+
+    @property
+    def full(self) -> int:
+        """How often a map had no room, since it was loaded."""
+        return int(self._control.full) if self._control is not None else 0
 
     def _deliver(self, record: Record) -> None:
         if record.what in (What.FORK, What.EXEC, What.EXIT):
@@ -463,6 +689,19 @@ def _guarded(call: Callable[[], object]) -> None:
         call()
     except Exception:
         log.exception("a listener failed")
+
+
+def own_member(watch: Watch, scope: int, start: int) -> Member:
+    """The only member of a watch on one process, or on one total."""
+    return Member(watch.id, 0, scope) if watch.flags & Flag.SUM else Member(watch.id, scope & NO_WATCH, start)
+
+
+def _is_single(watch: Watch, scope: int) -> bool:
+    return scope != EVERY_CGROUP and bool(watch.flags & Flag.SUM or scope & PROCESS)
+
+
+def _key_of(process: Process) -> Member:
+    return Member(tgid=process.pid, start=process.start)
 
 
 def _is_there(sections: dict[str, str], name: str) -> bool:

@@ -13,8 +13,7 @@
  * Fork, exec and exit are heard apart, in both.
  *
  * Not heard at once, but with the next event of the process: a descriptor that
- * a seccomp supervisor puts into it (sys_exit only), or that a process without
- * an event of its own shares with it (CLONE_FILES without CLONE_THREAD).
+ * a seccomp supervisor puts into it (sys_exit only).
  */
 #include "kernel.h"
 #include <asm/unistd.h>
@@ -22,12 +21,16 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "limitfs.h"
+
+#define FIRST_KIND LIMITFS_FDS
+#define LAST_KIND LIMITFS_FDS
+#define SUMS true
 #include "judge.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
 #define WORD_BITS 64
-#define CHUNK 16 /* words that are read at once, on the stack */
+#define CHUNK 8 /* words that are read at once, on the stack */
 
 struct tally {
 	const unsigned long *open_fds;
@@ -86,31 +89,84 @@ __noinline int tally(const struct tally *table)
 	return t.count;
 }
 
-static __always_inline struct fdtable *table_of(struct task_struct *task)
+/* Nearly always it is the current task, whose memory can be read directly. */
+static __always_inline bool find_table(struct task_struct *task, struct tally *t)
 {
-	struct files_struct *files = task->files;
+	struct fdtable *table;
 
-	return files ? files->fdt : NULL;
+	if (is_current((__u64)task)) {
+		task = bpf_get_current_task_btf();
+		if (!task->files)
+			return false;
+		table = task->files->fdt;
+		t->open_fds = table->open_fds;
+		t->full_fds_bits = table->full_fds_bits;
+		t->words = table->max_fds / WORD_BITS;
+		return true;
+	}
+	table = BPF_CORE_READ(task, files, fdt);
+	if (!table)
+		return false;
+	t->open_fds = BPF_CORE_READ(table, open_fds);
+	t->full_fds_bits = BPF_CORE_READ(table, full_fds_bits);
+	t->words = BPF_CORE_READ(table, max_fds) / WORD_BITS;
+	return true;
 }
 
-static __s64 measure(struct task_struct *task, __u32 kind)
+static __always_inline __s64 measure(struct task_struct *task, __u32 kind)
 {
-	struct fdtable *table = table_of(task);
 	struct tally t = {};
 
-	if (!table)
-		return 0;
-	t.open_fds = table->open_fds;
-	t.full_fds_bits = table->full_fds_bits;
-	t.words = table->max_fds / WORD_BITS;
-	return tally(&t);
+	return find_table(task, &t) ? tally(&t) : 0;
 }
 
-static void bounds(struct task_struct *task, __u32 kind, struct range *r)
+static __always_inline void bounds(struct task_struct *task, __u32 kind, struct range *r)
 {
-	struct fdtable *table = table_of(task);
+	struct tally t = {};
 
-	r->high = table ? table->max_fds : 0;
+	if (find_table(task, &t))
+		r->high = t.words * WORD_BITS;
+}
+
+/* Through all processes. */
+struct walk {
+	struct files_struct *files;	/* of whoever has this table */
+	__u64 first;
+	__u64 at;	/* a task_struct */
+};
+
+static long look_at_next(__u32 index, struct walk *w)
+{
+	struct task_struct *at = (struct task_struct *)w->at;
+	struct list_head *next = BPF_CORE_READ(at, tasks.next);
+
+	at = (void *)next - bpf_core_field_offset(struct task_struct, tasks);
+	w->at = (__u64)at;
+	if (!next || w->at == w->first)
+		return 1;
+	if (BPF_CORE_READ(at, files) == w->files)
+		look_as(bpf_get_current_task(), w->at, BPF_CORE_READ(at, tgid), 0);
+	return 0;
+}
+
+/*
+ * The table of the current process has changed, or may have. By CLONE_FILES
+ * without CLONE_THREAD other processes may have the same one: that is so rare
+ * that those who do it pay for a walk through all processes.
+ */
+static __always_inline void look_at_table(struct task_struct *task)
+{
+	struct files_struct *files = task->files;
+	struct walk w = { .files = files };
+
+	if (!files)
+		return;
+	look();
+	/* A thread that ends has left the second before the first. Kernel threads share one, and are no processes. */
+	if (files->count.counter <= task->signal->live.counter || task->flags & PF_KTHREAD)
+		return;
+	w.first = w.at = process_number(task);
+	bpf_loop(NUMBERS, look_at_next, &w, 0);
 }
 
 /* The functions of the descriptor table. Their names differ between kernels, so each is tried. */
@@ -119,7 +175,7 @@ static void bounds(struct task_struct *task, __u32 kind, struct range *r)
 	SEC("?" #kind "/" #function)					\
 	int kind##_##function(void *ctx)				\
 	{								\
-		look(bpf_get_current_task_btf());			\
+		look_at_table(bpf_get_current_task_btf());		\
 		return 0;						\
 	}
 
@@ -130,6 +186,8 @@ HOOK(fexit, replace_fd)
 HOOK(fexit, ksys_dup3)
 HOOK(fexit, __x64_sys_dup2)
 HOOK(fexit, __x64_sys_dup3)
+HOOK(fexit, __ia32_sys_dup2)
+HOOK(fexit, __ia32_sys_dup3)
 HOOK(fexit, __arm64_sys_dup3)
 HOOK(fexit, close_fd)
 HOOK(fexit, __close_fd)
@@ -139,13 +197,14 @@ HOOK(fexit, close_fd_get_file)
 HOOK(fexit, __close_fd_get_file)
 HOOK(fexit, __close_range)
 HOOK(fexit, __x64_sys_close_range)
+HOOK(fexit, __ia32_sys_close_range)
 HOOK(fexit, __arm64_sys_close_range)
 
 /* For the same functions by kprobe and kretprobe: one program, attached to each. */
 SEC("?kprobe")
 int table(void *ctx)
 {
-	look(bpf_get_current_task_btf());
+	look_at_table(bpf_get_current_task_btf());
 	return 0;
 }
 
@@ -262,32 +321,43 @@ int BPF_PROG(sys_exit, struct pt_regs *regs, long ret)
 	if ((number == __NR_read || number == __NR_readv) && (ret < 24 || ret % 8) && !is_compat(task))
 		return 0;
 #endif
-	look(task);
+	look_at_table(task);
 	return 0;
 }
 
-/* Workers of io_uring open and close without a system call. */
-SEC("?tp_btf/io_uring_complete")
-int BPF_PROG(io_uring_complete)
-{
-	look(bpf_get_current_task_btf());
-	return 0;
-}
+/*
+ * io_uring: its workers open and close without a system call, and one system
+ * call may do both. When a request is done, and before the next one is begun,
+ * for those of one call are told to be done only when all are.
+ */
+#define IO_URING(event)						\
+	SEC("?tp_btf/" #event)					\
+	int BPF_PROG(event)					\
+	{							\
+		look_at_table(bpf_get_current_task_btf());	\
+		return 0;					\
+	}
+
+IO_URING(io_uring_complete)
+IO_URING(io_uring_submit_req)
+IO_URING(io_uring_submit_sqe)	/* its name before 6.4 */
 
 SEC("?tp_btf/sched_process_fork")
 int BPF_PROG(sched_process_fork, struct task_struct *parent, struct task_struct *child)
 {
 	/* A process starts with the descriptors of its parent; a thread brings none. */
-	if (child->tgid != parent->tgid)
-		look(child);
+	if (child->tgid == parent->tgid)
+		return 0;
+	inherit(parent, child);
+	look_at_process(child);
 	return 0;
 }
 
 /* Close-on-exec is done by now. */
 SEC("?tp_btf/sched_process_exec")
-int BPF_PROG(sched_process_exec, struct task_struct *task)
+int BPF_PROG(sched_process_exec)
 {
-	look(task);
+	look();
 	return 0;
 }
 
@@ -295,6 +365,6 @@ SEC("?tp_btf/sched_process_exit")
 int BPF_PROG(sched_process_exit, struct task_struct *task)
 {
 	if (is_last(task))
-		end(task);
+		end();
 	return 0;
 }

@@ -41,8 +41,13 @@ struct rlimit {
 	unsigned long rlim_max;
 };
 
+struct list_head {
+	struct list_head *next;
+};
+
 struct signal_struct {
 	atomic_t live;
+	struct list_head thread_head;
 	struct rlimit rlim[16];
 	unsigned long maxrss;
 	int group_exit_code;
@@ -83,18 +88,47 @@ struct mm_struct___atomic {
 	struct mm_rss_stat rss_stat;
 };
 
+struct kernfs_node {
+	__u64 id;
+};
+
+struct cgroup;
+
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+};
+
+struct cgroup_root {
+	int hierarchy_id;
+};
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	int level;
+	struct kernfs_node *kn;
+	struct cgroup_root *root;
+};
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
+};
+
 struct task_struct {
 	struct thread_info thread_info;
 	unsigned int flags;
 	int exit_code;
 	int pid;
 	int tgid;
+	struct list_head tasks;
+	struct list_head thread_node;
 	struct task_struct *group_leader;
 	struct task_struct *real_parent;
 	struct mm_struct *mm;
 	struct files_struct *files;
 	struct signal_struct *signal;
 	const struct cred *real_cred;
+	struct css_set *cgroups;
 	__u64 start_boottime;
 	char comm[16];
 };
@@ -124,6 +158,28 @@ struct pt_regs {
 
 #pragma clang attribute pop
 
+#define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
+
+/* enum in mm_types_task.h */
+#define MM_FILEPAGES 0
+#define MM_ANONPAGES 1
+#define MM_SWAPENTS 2
+#define MM_SHMEMPAGES 3
+
+/*
+ * A counter of an mm_struct that the verifier knows, without what each
+ * processor keeps for itself.
+ */
+#define COMMON(mm, which)									\
+	(bpf_core_type_exists(struct mm_rss_stat) ?						\
+		((struct mm_struct___atomic *)(mm))->rss_stat.count[which].counter :		\
+		(mm)->rss_stat[which].count)
+
+/* The same where its address is a number to the verifier. */
+#define COMMON_AT(mm, which)									\
+	(bpf_core_type_exists(struct mm_rss_stat) ?						\
+		BPF_CORE_READ((struct mm_struct___atomic *)(mm), rss_stat.count[which].counter) :	\
+		BPF_CORE_READ(mm, rss_stat[which].count))
 
 #endif

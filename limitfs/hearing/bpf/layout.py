@@ -4,7 +4,13 @@ import ctypes
 import enum
 
 WATCHES = 16
-EVERY = 0
+STATES = 65536
+GROUPS = 8
+DEPTH = 16
+EVERY = 1
+GROUP = 1 << 62
+PROCESS = 1 << 63
+EVERY_CGROUP = PROCESS | GROUP
 SHARE = 1_000_000_000
 KINDS = 8
 HIGHEST = 2**63 - 1
@@ -20,6 +26,7 @@ class Kind(enum.IntEnum):
     SHARED = 2
     SWAP = 3
     THREADS = 4
+    PROCESSES = 5
 
 
 class Flag(enum.IntFlag):
@@ -33,6 +40,16 @@ class Flag(enum.IntFlag):
     LEAVE_SHARE = 32
 
 
+class Wide(enum.IntFlag):
+    """enum limitfs_wide."""
+
+    EVERY = 1
+    CGROUPS = 2
+    GROUPS = 4
+    SUMS = 8
+    TOTALS = 16
+
+
 class What(enum.IntEnum):
     """enum limitfs_what."""
 
@@ -41,15 +58,7 @@ class What(enum.IntEnum):
     FORK = 2
     EXEC = 3
     EXIT = 4
-
-
-class SeedError(enum.IntEnum):
-    """The outcomes of the program `seed`."""
-
-    DONE = 0
-    NO_WATCH = 1
-    NO_ROOM = 2
-    AGAIN = 3
+    FULL = 5
 
 
 class Watch(ctypes.Structure):
@@ -66,15 +75,33 @@ class Watch(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """What is watched on one process, or on every process."""
+    """What is watched in one scope."""
 
     _fields_ = (("start", _u64), ("count", _u32), ("unused", _u32), ("watches", Watch * WATCHES))
 
 
 class Member(ctypes.Structure):
-    """The key of a state."""
+    """The key of a state; without a watch, of a membership."""
 
     _fields_ = (("watch", _u32), ("tgid", _u32), ("start", _u64))
+
+
+class Share(ctypes.Structure):
+    """The key of what one process adds to totals."""
+
+    _fields_ = (("ledger", _u32), ("tgid", _u32), ("start", _u64), ("group", _u64))
+
+
+class Total(ctypes.Structure):
+    """The key of a total."""
+
+    _fields_ = (("ledger", _u32), ("unused", _u32), ("scope", _u64))
+
+
+class Membership(ctypes.Structure):
+    """The groups of a process."""
+
+    _fields_ = (("groups", _u32 * GROUPS), ("seen", _u32))
 
 
 class State(ctypes.Structure):
@@ -108,17 +135,16 @@ class Record(ctypes.Structure):
     )
 
 
-class Seed(ctypes.Structure):
-    """The argument of the program `seed`."""
+class Planting(ctypes.Structure):
+    """The argument of the program `plant`."""
 
-    _fields_ = (
-        ("member", Member),
-        ("value", _s64),
-        ("flips", _u64),
-        ("limit", _s64),
-        ("config", _u32),
-        ("error", _u32),
-    )
+    _fields_ = (("config", _u64), ("scope", _u64), ("watch", _u32), ("unused", _u32))
+
+
+class Leaving(ctypes.Structure):
+    """The argument of the program `leave`."""
+
+    _fields_ = (("tgid", _u32), ("group", _u32), ("start", _u64))
 
 
 class Processors(ctypes.Structure):
@@ -131,16 +157,21 @@ class Control(ctypes.Structure):
     """The variables that kernel and user space share."""
 
     _fields_ = (
-        ("every", _u32),
-        ("sums", _u32),
+        ("wide", _u32),
         ("births", _u32),
         ("margin", _u32),
         ("processors", _u32),
+        ("pid", _u32),
+        ("plant", _u32),
+        ("start", _u64),
+        ("seen", _u32),
+        ("wanted", _u32),
+        ("ledgers", _u32 * KINDS),
         ("unused", _u32),
+        ("zero", _u32),
         ("dropped", _u64),
         ("full", _u64),
-        ("total", _s64 * KINDS),
-        ("base", _s64 * KINDS),
+        ("heard", _u64),
     )
 
 

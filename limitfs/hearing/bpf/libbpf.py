@@ -6,16 +6,18 @@ for some kinds of programs and is meant for a thread.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import resource
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-BPF_ANY, BPF_NOEXIST = 0, 1
+BPF_ANY, BPF_NOEXIST, BPF_EXIST = 0, 1, 2
 _KIND_TYPEDEF, _KIND_FUNC = 8, 12
 
 _pointer, _int, _uint, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
@@ -40,7 +42,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_program__fd": (_int, _pointer),
     "bpf_program__attach": (_pointer, _pointer),
     "bpf_program__attach_kprobe": (_pointer, _pointer, ctypes.c_bool, _text),
+    "bpf_program__attach_iter": (_pointer, _pointer, _pointer),
     "bpf_link__destroy": (_int, _pointer),
+    "bpf_link__fd": (_int, _pointer),
+    "bpf_iter_create": (_int, _int),
     "bpf_map__fd": (_int, _pointer),
     "bpf_map_update_elem": (_int, _int, _pointer, _pointer, ctypes.c_uint64),
     "bpf_map_lookup_elem": (_int, _int, _pointer, _pointer),
@@ -78,6 +83,18 @@ class _TestRun(ctypes.Structure):
         ("cpu", ctypes.c_uint32),
         ("batch_size", ctypes.c_uint32),
     )
+
+
+class _IterInfo(ctypes.Structure):
+    """union bpf_iter_link_info of bpf.h, for tasks; kernels before 6.1 pass it over."""
+
+    _fields_ = (("tid", ctypes.c_uint32), ("pid", ctypes.c_uint32), ("pid_fd", ctypes.c_uint32), ("rest", _uint))
+
+
+class _IterOptions(ctypes.Structure):
+    """struct bpf_iter_attach_opts of libbpf.h."""
+
+    _fields_ = (("sz", _size), ("link_info", _pointer), ("link_info_len", ctypes.c_uint32))
 
 
 _VERIFIER_LOG = 65536
@@ -172,7 +189,7 @@ class Map:
         self._library = shared_library()
 
     def update(self, key: Any, value: Any, flags: int = BPF_ANY) -> bool:
-        """Store; False where BPF_NOEXIST finds the key there.
+        """Store; False where BPF_NOEXIST finds the key there, or BPF_EXIST does not.
 
         Raises:
             BpfError: the map is full (E2BIG), or there is no memory.
@@ -180,7 +197,7 @@ class Map:
         code = self._library.bpf_map_update_elem(self._fd, ctypes.byref(key), ctypes.byref(value), flags)
         if code == 0:
             return True
-        if flags == BPF_NOEXIST and ctypes.get_errno() == 17:
+        if (flags, ctypes.get_errno()) in ((BPF_NOEXIST, errno.EEXIST), (BPF_EXIST, errno.ENOENT)):
             return False
         raise _error("a map takes no more", code)
 
@@ -202,20 +219,28 @@ class Map:
             before, key = ctypes.byref(key), key_type()
         return found
 
+    def clear(self, key_type: Any) -> None:
+        """Remove all that is there now."""
+        for key in self.keys(key_type):
+            self.delete(key)
+
 
 class Links:
-    """Attached programs; detached by `destroy`."""
+    """Attached programs by name; detached by `destroy`."""
 
     def __init__(self) -> None:
-        self._links: list[int] = []
+        self._links: dict[str, int] = {}
 
-    def add(self, link: int) -> None:
-        self._links.append(link)
+    def __contains__(self, name: str) -> bool:
+        return name in self._links
 
-    def destroy(self) -> None:
-        """Detach all; may take half a second (fexit), and may run in a thread. May be called twice."""
-        while self._links:
-            shared_library().bpf_link__destroy(self._links.pop())
+    def add(self, name: str, link: int) -> None:
+        self._links[name] = link
+
+    def destroy(self, stop: threading.Event | None = None) -> None:
+        """Detach all, or some until `stop` is set; may take half a second (fexit), and may run in a thread."""
+        while self._links and not (stop is not None and stop.is_set()):
+            shared_library().bpf_link__destroy(self._links.popitem()[1])
 
 
 class Object:
@@ -276,7 +301,7 @@ class Object:
             link = self._library.bpf_program__attach(self._programs[program])
         if not link:
             raise _error(f"cannot attach {name}")
-        links.add(link)
+        links.add(name, link)
 
     def map(self, name: str) -> Map:
         """The map `name` of a loaded object."""
@@ -314,6 +339,25 @@ class Object:
         if code:
             raise _error(f"cannot run {name}", code)
 
+    def iterate(self, name: str, pid: int) -> None:
+        """Run a program of section "iter/task" for each thread of a process; before Linux 6.1, for every task.
+
+        Raises:
+            BpfError: it cannot be run here.
+        """
+        info = _IterInfo(pid=pid)
+        options = _IterOptions(ctypes.sizeof(_IterOptions), ctypes.addressof(info), ctypes.sizeof(info))
+        link = self._library.bpf_program__attach_iter(self._programs[name], ctypes.byref(options))
+        if not link:
+            raise _error(f"cannot attach {name}")
+        try:
+            fd = self._library.bpf_iter_create(self._library.bpf_link__fd(link))
+            if fd < 0:
+                raise _error(f"cannot run {name}", fd)
+            _read_out(fd)
+        finally:
+            self._library.bpf_link__destroy(link)
+
     def _find_programs(self) -> Iterator[tuple[str, int]]:
         program = self._library.bpf_object__next_program(self._object, None)
         while program:
@@ -325,6 +369,21 @@ class Object:
         if not found:
             raise _error(f"no map {name}")
         return int(found)
+
+
+def _read_out(fd: int) -> None:
+    """Read to the end; the kernel wants a pause after a million tasks."""
+    try:
+        while True:
+            try:
+                if not os.read(fd, mmap.PAGESIZE):
+                    return
+            except BlockingIOError:
+                continue
+    except OSError as error:
+        raise BpfError(error.errno, f"an iterator failed: {error.strerror}") from error
+    finally:
+        os.close(fd)
 
 
 class Ring:

@@ -6,14 +6,23 @@
 #ifndef LIMITFS_H
 #define LIMITFS_H
 
-/* Watches on one process, or over all processes. */
+/* Watches in one scope. */
 #define LIMITFS_WATCHES 16
 
 /* Members of `states`; one that crosses when it is full is counted in `full`. */
 #define LIMITFS_STATES 65536
 
-/* Processes that are watched by number. */
+/* Scopes in which something is watched. */
 #define LIMITFS_CONFIGS 16384
+
+/* Cgroups that have processes. */
+#define LIMITFS_CONTAINERS 16384
+
+/* Of a cgroup, the ancestors that are scopes, with itself and the root. */
+#define LIMITFS_DEPTH 16
+
+/* Groups that one process is in. */
+#define LIMITFS_GROUPS 8
 
 /* Bytes; a record is 80 with its header. The counters live in the maps. */
 #define LIMITFS_RING (256 * 1024)
@@ -26,8 +35,28 @@
 
 #define LIMITFS_COMM 16
 
-/* The key in `configs` of what is watched on every process. */
-#define LIMITFS_EVERY 0
+/*
+ * A scope: some processes about whom something is asked. A number:
+ *   a cgroup's id: the processes in it and below; that is the inode of its
+ *	directory in the unified hierarchy;
+ *   EVERY: all processes, which is the root of that hierarchy;
+ *   PROCESS | tgid: one process;
+ *   GROUP | number: those that user space says;
+ *   EVERY_CGROUP: each cgroup below the root, for sums.
+ */
+#define LIMITFS_EVERY 1ULL
+#define LIMITFS_GROUP (1ULL << 62)
+#define LIMITFS_PROCESS (1ULL << 63)
+#define LIMITFS_EVERY_CGROUP (LIMITFS_PROCESS | LIMITFS_GROUP)
+
+/* In `control.wide`: what there is to hear beyond single processes. */
+enum limitfs_wide {
+	LIMITFS_WIDE_EVERY = 1 << 0,	/* each process */
+	LIMITFS_WIDE_CGROUPS = 1 << 1,	/* each process of some cgroup */
+	LIMITFS_WIDE_GROUPS = 1 << 2,	/* there are groups */
+	LIMITFS_WIDE_SUMS = 1 << 3,	/* some kind is added up */
+	LIMITFS_WIDE_TOTALS = 1 << 4,	/* the sum of each cgroup */
+};
 
 enum limitfs_kind {
 	LIMITFS_FDS,		/* descriptors */
@@ -35,6 +64,7 @@ enum limitfs_kind {
 	LIMITFS_SHARED,		/* pages */
 	LIMITFS_SWAP,		/* pages */
 	LIMITFS_THREADS,	/* threads */
+	LIMITFS_PROCESSES,	/* 1 until the process has ended */
 	LIMITFS_KINDS = 8,	/* a power of two, for the verifier */
 };
 
@@ -42,7 +72,7 @@ enum limitfs_flag {
 	LIMITFS_DOWN = 1 << 0,		/* less is worse */
 	LIMITFS_STRICT = 1 << 1,	/* >, <; only of use with a share */
 	LIMITFS_CHANGE = 1 << 2,	/* every new value is of interest */
-	LIMITFS_SUM = 1 << 3,		/* of all processes together */
+	LIMITFS_SUM = 1 << 3,		/* of the scope's processes together */
 	LIMITFS_ENTER_SHARE = 1 << 4,	/* `enter` is a share */
 	LIMITFS_LEAVE_SHARE = 1 << 5,	/* `leave` is a share */
 };
@@ -60,19 +90,53 @@ struct watch {
 	__s64 leave;
 };
 
-/* What is watched on one process, or on every process. */
+/* What is watched in one scope. */
 struct config {
-	__u64 start;	/* ticks after boot, a number used again is another process; 0: every */
+	__u64 start;	/* of a process: ticks after boot, as its number may be used again; else 0 */
 	__u32 count;
 	__u32 unused;
 	struct watch watches[LIMITFS_WATCHES];
 };
 
-/* A watch and the process that it is about; both 0 for a sum. */
+/* A watch and whom it is about: a process, or the total of a scope. */
 struct member {
-	__u32 watch;
+	__u32 watch;	/* 0: only who it is */
+	__u32 tgid;	/* 0 for a total */
+	__u64 start;	/* ticks after boot; for a total its scope */
+};
+
+/*
+ * What one process adds to the totals of the scopes that it is in: of its
+ * cgroup and all above, or of one group. The value is one word, so that it can
+ * be exchanged at once: above the low half of the cgroup's id (1 for a group),
+ * below how much; 0 when the process has left or ended.
+ */
+struct share {
+	__u32 ledger;	/* 0: adds nothing, but tells where a member was last */
 	__u32 tgid;
 	__u64 start;	/* ticks after boot */
+	__u64 group;	/* 0: its cgroup */
+};
+
+/* The sum over the shares in a scope. */
+struct total {
+	__u32 ledger;
+	__u32 unused;
+	__u64 scope;
+};
+
+/* A cgroup, by the low half of its id, with its ancestors: these never change. */
+struct container {
+	__u64 leaf;	/* the whole id */
+	__u32 count;
+	__u32 unused;
+	__u64 scopes[LIMITFS_DEPTH];	/* from the root down to itself */
+};
+
+/* The groups that a process is in. */
+struct membership {
+	__u32 groups[LIMITFS_GROUPS];	/* 0: none; numbers begin with 1 */
+	__u32 seen;	/* `look_at` has found the process alive */
 };
 
 struct state {
@@ -90,6 +154,7 @@ enum limitfs_what {
 	LIMITFS_FORK,
 	LIMITFS_EXEC,
 	LIMITFS_EXIT,
+	LIMITFS_FULL,	/* a map takes no more, see `control.full` */
 };
 
 /* What happened. `tgid`, `tid`: numbers of the initial PID namespace. */
@@ -97,38 +162,48 @@ struct record {
 	__u64 time;	/* ns, CLOCK_MONOTONIC */
 	__s64 value;	/* in units of the kind; FORK: parent; EXIT: peak of memory, pages */
 	__u64 flips;	/* as in the state; EXIT: peak of virtual memory, pages */
-	__u64 start;	/* ticks after boot */
+	__u64 start;	/* ticks after boot; for a total its scope */
 	__u32 watch;	/* FORK, EXEC, EXIT: 0; EXIT: exit code as wait(2) has it */
 	__u32 what;
-	__u32 tgid;	/* whose value it is; 0 for a sum */
+	__u32 tgid;	/* whose value it is; 0 for a total */
 	__u32 tid;	/* who made it so; 0: unknown */
 	__u32 uid;	/* of tid, effective */
 	__u32 unused;
 	char comm[LIMITFS_COMM];	/* of tid */
 };
 
-/* The argument of the program `seed`: a value that user space has read. */
-struct seed {
-	struct member member;
-	__s64 value;	/* in units of the kind */
-	__u64 flips;	/* in: of the state before the value was read; out: now */
-	__s64 limit;	/* of the member, for shares; 0: none */
-	__u32 config;	/* the key in `configs` */
-	__u32 error;	/* out: 1 no such watch, 2 no room, 3 turned meanwhile: read again */
+/* The argument of the program `plant`: the total of `scope` is to be judged by what is watched in `config`. */
+struct planting {
+	__u64 config;
+	__u64 scope;
+	__u32 watch;	/* the first that is new */
+	__u32 unused;
+};
+
+/* The argument of the program `leave`: that process is no longer in that group. */
+struct leaving {
+	__u32 tgid;
+	__u32 group;
+	__u64 start;
 };
 
 /* In .bss, mapped by user space. */
 struct control {
-	__u32 every;	/* not 0: there is something to hear of every process */
-	__u32 sums;	/* bit k: kind k is added up over all processes */
+	__u32 wide;	/* of enum limitfs_wide; 0: only single processes are watched */
 	__u32 births;	/* FORK, EXEC and EXIT records are wanted */
 	__u32 margin;	/* pages that the common part of a memory counter may be off */
 	__u32 processors;	/* possible ones */
+	__u32 pid;	/* for `look_at`: of one process only; 0: of all */
+	__u32 plant;	/* for `look_at`: from this watch on user space looks for itself what turned */
+	__u64 start;	/* for `look_at`: of `pid` */
+	__u32 seen;	/* by `look_at`: processes that are alive */
+	__u32 wanted;	/* for `look_at`: it is to begin */
+	__u32 ledgers[LIMITFS_KINDS];	/* of the kinds that are added up, never the same number twice; else 0 */
 	__u32 unused;
+	__u32 zero;	/* for what the verifier must not know */
 	__u64 dropped;	/* records that the ring did not take */
-	__u64 full;	/* crossings for which there was no room in `states` */
-	__s64 total[LIMITFS_KINDS];	/* the part of the sum that the kernel counted */
-	__s64 base[LIMITFS_KINDS];	/* the part that user space counted */
+	__u64 full;	/* states, shares and totals that had no room */
+	__u64 heard;	/* of those, how many user space knows of */
 };
 
 #endif

@@ -14,15 +14,13 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "limitfs.h"
+
+#define FIRST_KIND LIMITFS_MEMORY
+#define LAST_KIND LIMITFS_SWAP
+#define SUMS false
 #include "judge.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
-
-/* enum in mm_types_task.h */
-#define MM_FILEPAGES 0
-#define MM_ANONPAGES 1
-#define MM_SWAPENTS 2
-#define MM_SHMEMPAGES 3
 
 #define PROCESSORS 1024
 
@@ -50,16 +48,6 @@ struct processors {
 	__u32 count;	/* in: possible ones */
 	__u32 found;	/* out */
 };
-
-/* The number that a pointer is: the verifier lets none be computed with. */
-static __always_inline __u64 number_of(void *pointer)
-{
-	void *volatile spilled = pointer;
-	__u64 number = 0;
-
-	bpf_probe_read_kernel(&number, sizeof(number), (const void *)&spilled);
-	return number;
-}
 
 static long find_processor(__u32 cpu, struct processors *p)
 {
@@ -116,51 +104,65 @@ static __always_inline __s64 positive(__s64 value)
 	return value > 0 ? value : 0;
 }
 
-#define COMMON(mm, which)									\
-	(bpf_core_type_exists(struct mm_rss_stat) ?						\
-		BPF_CORE_READ((struct mm_struct___atomic *)(mm), rss_stat.count[which].counter) :	\
-		BPF_CORE_READ(mm, rss_stat[which].count))
+#define PARTS(address) (bpf_core_type_exists(struct mm_rss_stat) ? 0 : (__u64)(address))
 
-static __always_inline __s64 exactly(__s64 common, __u64 counters)
+/* One counter of a task. A macro, as an index into what the kernel has must be a constant. */
+#define COUNTER(name, which)							\
+	static __always_inline struct counting name(struct task_struct *task)	\
+	{									\
+		struct counting c = {};						\
+		struct mm_struct *mm;						\
+										\
+		if (is_current((__u64)task)) {					\
+			mm = bpf_get_current_task_btf()->mm;			\
+			if (mm) {						\
+				c.sum = COMMON(mm, which);			\
+				c.counters = PARTS(mm->rss_stat[which].counters);	\
+			}							\
+			return c;						\
+		}								\
+		mm = BPF_CORE_READ(task, mm);					\
+		if (mm) {							\
+			c.sum = COMMON_AT(mm, which);				\
+			c.counters = PARTS(BPF_CORE_READ(mm, rss_stat[which].counters));	\
+		}								\
+		return c;							\
+	}
+
+COUNTER(file_pages, MM_FILEPAGES)
+COUNTER(anonymous_pages, MM_ANONPAGES)
+COUNTER(swap_entries, MM_SWAPENTS)
+COUNTER(shared_pages, MM_SHMEMPAGES)
+
+static __always_inline __s64 exactly(struct counting c)
 {
-	struct counting c = { .counters = counters, .sum = common };
-
-	if (counters)
+	if (c.counters)
 		bpf_loop(control.processors, ask_processor, &c, 0);
 	return positive(c.sum);
 }
 
-#define EXACTLY(mm, which)								\
-	exactly(COMMON(mm, which), bpf_core_type_exists(struct mm_rss_stat) ?		\
-		0 : (__u64)BPF_CORE_READ(mm, rss_stat[which].counters))
-
-static __s64 measure(struct task_struct *task, __u32 kind)
+static __always_inline __s64 measure(struct task_struct *task, __u32 kind)
 {
-	struct mm_struct *mm = BPF_CORE_READ(task, mm);
-
-	if (!mm)
-		return 0;
 	if (kind == LIMITFS_SHARED)
-		return EXACTLY(mm, MM_SHMEMPAGES);
+		return exactly(shared_pages(task));
 	if (kind == LIMITFS_SWAP)
-		return EXACTLY(mm, MM_SWAPENTS);
-	return EXACTLY(mm, MM_FILEPAGES) + EXACTLY(mm, MM_ANONPAGES) + EXACTLY(mm, MM_SHMEMPAGES);
+		return exactly(swap_entries(task));
+	return exactly(file_pages(task)) + exactly(anonymous_pages(task)) +
+	       exactly(shared_pages(task));
 }
 
-static void bounds(struct task_struct *task, __u32 kind, struct range *r)
+static __always_inline void bounds(struct task_struct *task, __u32 kind, struct range *r)
 {
-	struct mm_struct *mm = BPF_CORE_READ(task, mm);
 	__s64 margin = bpf_core_type_exists(struct mm_rss_stat) ? 0 : control.margin;
 	__s64 about;
 
-	if (!mm)
-		return;
 	if (kind == LIMITFS_SHARED) {
-		about = COMMON(mm, MM_SHMEMPAGES);
+		about = shared_pages(task).sum;
 	} else if (kind == LIMITFS_SWAP) {
-		about = COMMON(mm, MM_SWAPENTS);
+		about = swap_entries(task).sum;
 	} else {
-		about = COMMON(mm, MM_FILEPAGES) + COMMON(mm, MM_ANONPAGES) + COMMON(mm, MM_SHMEMPAGES);
+		about = file_pages(task).sum + anonymous_pages(task).sum +
+			shared_pages(task).sum;
 		margin *= 3;
 	}
 	r->low = positive(about - margin);
@@ -172,15 +174,26 @@ int BPF_PROG(rss_stat, struct mm_struct *mm)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 
-	if (task->mm != mm) {
-		/* Reclaim, or fork copying into the child. Without CONFIG_MEMCG nobody knows whose it is. */
-		if (!bpf_core_field_exists(mm->owner))
-			return 0;
-		task = mm->owner;
-		if (!task)
-			return 0;
+	if (task->mm == mm) {
+		look();
+		return 0;
 	}
-	look(task);
+	/* Reclaim, or fork copying into the child. Without CONFIG_MEMCG nobody knows whose it is. */
+	if (!bpf_core_field_exists(mm->owner))
+		return 0;
+	task = BPF_CORE_READ(mm, owner);
+	if (task)
+		look_as((__u64)task, (__u64)task, BPF_CORE_READ(task, tgid), 0);
+	return 0;
+}
+
+/* Its memory was copied before, by its parent; what it has is its own from here. */
+SEC("?tp_btf/sched_process_fork")
+int BPF_PROG(sched_process_fork, struct task_struct *parent, struct task_struct *child)
+{
+	inherit(parent, child);
+	if (control.wide && child->tgid != parent->tgid)
+		look_at_process(child);
 	return 0;
 }
 
@@ -188,6 +201,6 @@ SEC("?tp_btf/sched_process_exit")
 int BPF_PROG(sched_process_exit, struct task_struct *task)
 {
 	if (is_last(task))
-		end(task);
+		end();
 	return 0;
 }

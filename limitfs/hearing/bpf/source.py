@@ -9,16 +9,19 @@ import math
 import mmap
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from limitfs.errors import Gone, LimitsError
-from limitfs.hearing.bpf.engine import Engine, Hooks
+from limitfs.hearing.bpf.engine import Engine, Hooks, own_member
 from limitfs.hearing.bpf.layout import (
+    DEPTH,
     EVERY,
+    EVERY_CGROUP,
+    GROUP,
     HIGHEST,
+    PROCESS,
     SHARE,
     Control,
     Flag,
@@ -26,7 +29,6 @@ from limitfs.hearing.bpf.layout import (
     Member,
     Processors,
     Record,
-    SeedError,
     State,
     Watch,
     What,
@@ -35,12 +37,17 @@ from limitfs.hearing.bpf.layout import (
 from limitfs.hearing.bpf.libbpf import BpfError, Object
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.source import Guarantee, Listener, Refused, Want, Witness
-from limitfs.resources import members, procfs
-from limitfs.resources.model import Process, Processes, Resource, Target
+from limitfs.resources import cgroups, procfs
+from limitfs.resources.model import (
+    Group,
+    Partition,
+    Partitions,
+    Process,
+    Processes,
+    Resource,
+    Target,
+)
 from limitfs.watching.condition import Amount, Condition, Op
-
-_SEED_ATTEMPTS = 1000
-"""A value that changes each time it is read is heard by its events anyway."""
 
 
 def _witness(record: Record) -> Witness:
@@ -114,7 +121,7 @@ def _whole(number: float, up: bool) -> int:
 
 def _set_shares(watch: Watch, want: Want) -> None:
     """A percentage of what each process may have: the kernel looks its limit up, also when that changes."""
-    if want.resource.rlimit is None:
+    if want.resource.rlimit is None or not _about_processes(want):
         return
     watch.rlimit = want.resource.rlimit
     amount, clear = want.condition.amount, want.condition.clear or want.condition.amount
@@ -124,6 +131,11 @@ def _set_shares(watch: Watch, want: Want) -> None:
     if _is_share(clear):
         watch.flags |= Flag.LEAVE_SHARE
         watch.leave = _billionths(clear)
+
+
+def _about_processes(want: Want) -> bool:
+    """Not about a total, which has no limit of a process."""
+    return isinstance(want.target, Process) or (want.each and isinstance(want.target, Processes))
 
 
 def _is_share(amount: Amount | None) -> bool:
@@ -137,78 +149,177 @@ def _billionths(amount: Amount | None) -> int:
 # Armed
 
 
-class _Armed(ABC):
-    """What all of them have: watches, and what was told of each member."""
+class _Place(NamedTuple):
+    """Where a condition is held.
+
+    Attributes:
+        scope: whose processes.
+        start: of a single process.
+        group: of a group.
+        total: about their sum.
+    """
+
+    scope: int
+    start: int = 0
+    group: Group | None = None
+    total: bool = False
+
+
+class _Armed:
+    """Watches in one scope, and what was told of each member."""
 
     guarantee = Guarantee.EXACT
     period: float | None = None
 
-    def __init__(self, engine: Engine, want: Want, listener: Listener, scale: _Scale) -> None:
+    def __init__(self, engine: Engine, want: Want, listener: Listener, scale: _Scale, place: _Place) -> None:
         assert engine.hooks is not None
         self.source = engine.hooks.name
         self._engine = engine
         self._want = want
         self._listener = listener
         self._scale = scale
+        self._place = place
         self._watches: list[Watch] = []
         self._told: dict[tuple[int, int, int], int] = {}
+        self._partitions: dict[int, Partition] = {}
         self._skipped = 0
-        self._armed = False
+        self._undo: list[Callable[[], None]] = []
+        self._begin()
 
     def disarm(self) -> None:
         """Forget the watches; detach if these were the last."""
-        if self._armed:
-            self._armed = False
-            self._remove()
-            self._told.clear()
-            self._engine.release()
+        while self._undo:
+            self._undo.pop()()
+        self._told.clear()
 
     def _begin(self) -> None:
         """Attach, watch, and only then read: what happens meanwhile is heard."""
         self._engine.use()
-        self._armed = True
+        self._undo.append(self._engine.release)
         try:
             self._start()
         except BaseException:
             self.disarm()
             raise
 
-    @abstractmethod
     def _start(self) -> None:
-        """Hand the watches to the kernel, and have the present judged."""
+        level, clear = self._levels()
+        watches = watches_for(self._want, self._scale, level, clear)
+        place, engine = self._place, self._engine
+        if place.group is not None:
+            engine.enter(place.group)
+            self._undo.append(lambda group=place.group: engine.exit(group))  # type: ignore[misc]
+        if place.total:
+            self._begin_sum(watches)
+        engine.add(self, place.scope, place.start, watches)
+        self._watches = watches
+        self._undo.append(lambda: engine.remove(place.scope, place.start, watches))
+        if place.total:
+            for scope in self._totals():
+                engine.plant(place.scope, scope, watches[0].id)
+        else:
+            self._look(watches[0].id)
+        self._tell_present()
 
-    @abstractmethod
-    def _remove(self) -> None:
-        """Take the watches back."""
+    def _levels(self) -> tuple[float, float]:
+        if self._want.each:
+            return _common_levels(self._want)
+        return self._want.levels(self._want.target)
 
-    @abstractmethod
-    def _target_of(self, tgid: int, start: int) -> Target:
-        """Whom a record of the kernel is about."""
+    def _begin_sum(self, watches: list[Watch]) -> None:
+        """Have the kernel count whoever has no event."""
+        for watch in watches:
+            watch.flags |= Flag.SUM
+        begins = self._engine.count_in(self._scale.kind)
+        self._undo.append(lambda: self._engine.count_out(self._scale.kind))
+        if begins or self._place.group is not None:
+            self._engine.look()
+
+    def _look(self, plant: int | None = None) -> None:
+        """Have the present judged. Raises Gone."""
+        process = self._want.target if isinstance(self._want.target, Process) else None
+        args = () if plant is None else (plant,)
+        if not self._engine.look(process, *args) and process is not None:
+            raise Gone(f"process {process.pid} has ended")
+
+    def _totals(self) -> Iterable[int]:
+        """The scopes whose totals are judged."""
+        if self._place.scope != EVERY_CGROUP:
+            return (self._place.scope,)
+        self._find_partitions()
+        return self._partitions
+
+    def _find_partitions(self) -> None:
+        found = ((cgroups.unified_id(partition), partition) for partition in cgroups.partitions())
+        self._partitions = {number: partition for number, partition in found if number is not None}
+
+    def _tell_present(self) -> None:
+        """What was judged without a record; of a single value also that it is calm."""
+        told = False
+        for key, state in self._own_states():
+            member = self._member_of(key.tgid, key.start)
+            if member is None:
+                continue
+            turned = self._follow(member, _key(key), state.flips)
+            if turned or self._want.condition.op is Op.CHANGE:
+                told = True
+                self._tell(member, state.value, state.flips)
+        if not told and not self._want.each:
+            self._listener.reading(self._want.target, self._value())
+
+    def _own_states(self) -> Iterable[tuple[Member, State]]:
+        if self._want.each:
+            return self._my_states()
+        place = self._place
+        keys = (own_member(watch, place.scope, place.start) for watch in self._watches)
+        return [(key, state) for key in keys if (state := self._engine.state(key)).told]
+
+    def _value(self) -> float:
+        if not self._place.total:
+            return self._want.resource.usage(self._want.target)  # type: ignore[arg-type]
+        return float(self._engine.total(self._scale.kind, self._place.scope) * self._scale.unit)
+
+    def look_again(self, process: Process) -> None:
+        """See `LooksAgain`."""
+        if not self._engine.look(process):
+            raise Gone(f"process {process.pid} has ended")
+
+    def _member_of(self, tgid: int, start: int) -> Target | None:
+        """Whom a record of the kernel is about; None: a partition that came and went before we looked."""
+        if not self._want.each:
+            return self._want.target
+        if self._place.scope != EVERY_CGROUP:
+            return Process(tgid, start)
+        if start not in self._partitions:
+            self._find_partitions()
+        return self._partitions.get(start)
 
     # From the kernel
 
     def crossed(self, record: Record) -> None:
         """A state turned."""
-        member = self._target_of(record.tgid, record.start)
+        member = self._member_of(record.tgid, record.start)
         if not self._follow(member, _key(record), record.flips):
+            return
+        if member is None:
+            self._count_nameless(record.flips)
             return
         if record.tid:
             self._listener.witnessed(member, _witness(record))
         self._tell(member, record.value, record.flips)
 
     def ended(self, record: Record) -> None:
-        """The process of a member ended."""
-        member = self._target_of(record.tgid, record.start)
+        """A member ended, or left."""
+        member = self._member_of(record.tgid, record.start)
         self._follow(member, _key(record), record.flips)
-        self._told.pop(_key(record), None)
-        self._end(member, record.watch, record.tgid, record.start)
+        self._end(member, record)
 
     def overran(self) -> None:
         """Tell what the ring could not: from the states, which are always true."""
         readings, ended = [], []
         for key, state in self._my_states():
-            member = self._target_of(key.tgid, key.start)
-            if self._follow(member, (key.watch, key.tgid, key.start), state.flips):
+            member = self._member_of(key.tgid, key.start)
+            if self._follow(member, _key(key), state.flips):
                 self._skipped += 1  # the last one too came without details
                 readings.append((member, state.value, state.flips))
             if state.gone:
@@ -217,11 +328,21 @@ class _Armed(ABC):
         if lost:
             self._listener.lost(lost)
         for member, value, flips in readings:
-            self._tell(member, value, flips)
+            if member is None:
+                self._count_nameless(flips)
+            else:
+                self._tell(member, value, flips)
         for member, key in ended:
-            self._told.pop((key.watch, key.tgid, key.start), None)
             self._engine.drop_state(key)
-            self._end(member, key.watch, key.tgid, key.start)
+            self._end(member, key)
+
+    def lacks(self, count: int) -> None:
+        """The kernel had no room for so many, perhaps of ours."""
+        self._listener.lost(count)
+
+    def _count_nameless(self, flips: int) -> None:
+        if flips & 1 and self._counts_alarms():
+            self._listener.missed(self._want.target, 1)
 
     def _tell(self, member: Target, value: int, flips: int) -> None:
         try:
@@ -231,13 +352,17 @@ class _Armed(ABC):
             if flips & 1 and self._counts_alarms():
                 self._listener.missed(member, 1)
 
-    def _end(self, member: Target, watch: int, tgid: int, start: int) -> None:
+    def _end(self, member: Target | None, key: Record | Member) -> None:
         """Of several watches for one condition, the first tells."""
-        self._engine.forget(tgid, start)
-        if self._watches and watch == self._watches[0].id:
+        self._told.pop(_key(key), None)
+        if self._place.scope & PROCESS and key.tgid:
+            self._engine.forget(self._place.scope, key.start)
+        if member is not None and self._watches and key.watch == self._watches[0].id:
             self._listener.gone(member)
+        if isinstance(member, Partition):
+            self._partitions.pop(key.start, None)
 
-    def _follow(self, member: Target, key: tuple[int, int, int], flips: int) -> bool:
+    def _follow(self, member: Target | None, key: tuple[int, int, int], flips: int) -> bool:
         """Note where a state is now, and count the alarms between that were not told; False: that is no news."""
         before = self._told.get(key, 0)
         if flips <= before:
@@ -247,7 +372,7 @@ class _Armed(ABC):
         heard = 1 if flips & 1 and not before & 1 else 0
         missed = alarms(flips) - alarms(before) - heard
         if missed and self._counts_alarms():
-            self._listener.missed(member, missed)
+            self._listener.missed(member or self._want.target, missed)
         return True
 
     def _counts_alarms(self) -> bool:
@@ -257,155 +382,6 @@ class _Armed(ABC):
     def _my_states(self) -> Iterator[tuple[Member, State]]:
         ids = {watch.id for watch in self._watches}
         return ((member, state) for member, state in self._engine.states() if member.watch in ids)
-
-    # At arming
-
-    def _plant(self, process: Process, config: int) -> None:
-        """Judge what `process` has now, by every watch.
-
-        Raises:
-            Gone: it has ended.
-            Refused: there is no room for its state.
-        """
-        value = 0.0
-        turned = False
-        for watch in self._watches:
-            key = Member(watch.id, process.pid, process.start)
-            flips, value = self._plant_one(watch, key, process, config)
-            turned = turned or flips > 0
-        if not turned:
-            self._listener.reading(process, value)
-
-    def _plant_one(self, watch: Watch, key: Member, process: Process, config: int) -> tuple[int, float]:
-        usage, unit = self._want.resource.usage, self._scale.unit
-        limit = self._limit(watch, process)
-        flips = self._engine.state(key).flips
-        value = usage(process)
-        for _ in range(_SEED_ATTEMPTS):
-            error, now = self._engine.seed(config, key, int(value / unit), flips, limit)
-            if error is SeedError.NO_ROOM:
-                raise Refused("too many members in alarm")
-            if error is SeedError.NO_WATCH:
-                raise Gone(f"process {process.pid} has ended")
-            before, flips = value, now
-            try:
-                value = usage(process)
-            except Gone:
-                # Its end may have come before its state was there: then nobody else removes it.
-                self._engine.drop_state(key)
-                raise
-            if error is SeedError.DONE and value == before:
-                break
-        return flips, value
-
-    def _limit(self, watch: Watch, process: Process) -> int:
-        if not watch.flags & (Flag.ENTER_SHARE | Flag.LEAVE_SHARE):
-            return 0
-        soft = self._want.resource.limit(process).soft
-        return 0 if math.isinf(soft) else int(soft)
-
-
-class _One(_Armed):
-    """One process."""
-
-    def __init__(self, engine: Engine, want: Want, listener: Listener, scale: _Scale, process: Process) -> None:
-        super().__init__(engine, want, listener, scale)
-        self._process = process
-        self._begin()
-
-    def _start(self) -> None:
-        level, clear = self._want.levels(self._process)
-        self._watches = watches_for(self._want, self._scale, level, clear)
-        self._engine.add(self, self._process.pid, self._process.start, self._watches)
-        self.look_again(self._process)
-
-    def look_again(self, process: Process) -> None:
-        """See `LooksAgain`."""
-        self._plant(process, process.pid)
-
-    def _remove(self) -> None:
-        self._engine.remove(self._process.pid, self._process.start, self._watches)
-
-    def _target_of(self, tgid: int, start: int) -> Target:
-        del tgid, start
-        return self._want.target
-
-
-class _Each(_Armed):
-    """Every process, present and future."""
-
-    def __init__(self, engine: Engine, want: Want, listener: Listener, scale: _Scale) -> None:
-        super().__init__(engine, want, listener, scale)
-        self._begin()
-
-    def _start(self) -> None:
-        level, clear = _common_levels(self._want)
-        self._watches = watches_for(self._want, self._scale, level, clear)
-        self._engine.add(self, EVERY, 0, self._watches)
-        for process in members.members(self._want.target):
-            if isinstance(process, Process):
-                self.look_again(process)
-
-    def look_again(self, process: Process) -> None:
-        """See `LooksAgain`."""
-        try:
-            self._plant(process, EVERY)
-        except Gone:
-            self._listener.gone(process)
-
-    def _remove(self) -> None:
-        self._engine.remove(EVERY, 0, self._watches)
-
-    def _target_of(self, tgid: int, start: int) -> Target:
-        return Process(tgid, start)
-
-
-class _Sum(_Armed):
-    """All processes together.
-
-    No event tells the sum; each tells the new value of one process, and the kernel adds the difference. So it
-    needs a first value of every process: the kernel's own where it had an event since, else ours.
-    """
-
-    def __init__(self, engine: Engine, want: Want, listener: Listener, scale: _Scale) -> None:
-        super().__init__(engine, want, listener, scale)
-        self._begin()
-
-    def _start(self) -> None:
-        level, clear = _common_levels(self._want)
-        watches = watches_for(self._want, self._scale, level, clear)
-        for watch in watches:
-            watch.flags |= Flag.SUM
-        self._engine.count_in(self._scale.kind, self._first_values)
-        self._watches = watches
-        self._engine.add(self, EVERY, 0, self._watches)
-        self._plant_sum()
-
-    def _first_values(self) -> Iterator[tuple[int, int, int]]:
-        for member, value in members.usages(self._want.resource, Processes()):
-            if isinstance(member, Process):
-                yield member.pid, member.start, int(value / self._scale.unit)
-
-    def _plant_sum(self) -> None:
-        turned = False
-        for watch in self._watches:
-            key, flips = Member(watch.id, 0, 0), 0
-            for _ in range(_SEED_ATTEMPTS):
-                value = self._engine.total(self._scale.kind)
-                _error, flips = self._engine.seed(EVERY, key, value, self._engine.state(key).flips, 0)
-                if self._engine.total(self._scale.kind) == value:
-                    break
-            turned = turned or flips > 0
-        if not turned:
-            self._listener.reading(self._want.target, float(value * self._scale.unit))
-
-    def _remove(self) -> None:
-        self._engine.remove(EVERY, 0, self._watches)
-        self._engine.count_out(self._scale.kind)
-
-    def _target_of(self, tgid: int, start: int) -> Target:
-        del tgid, start
-        return self._want.target
 
 
 def _common_levels(want: Want) -> tuple[float, float]:
@@ -417,8 +393,8 @@ def _common_levels(want: Want) -> tuple[float, float]:
     return want.levels(procfs.identify(os.getpid()))
 
 
-def _key(record: Record) -> tuple[int, int, int]:
-    return record.watch, record.tgid, record.start
+def _key(of: Record | Member) -> tuple[int, int, int]:
+    return of.watch, of.tgid, of.start
 
 
 # Sources
@@ -438,6 +414,8 @@ class _BpfSource:
     _object: ClassVar[str]
     _ways: ClassVar[tuple[Hooks, ...]]
     _scales: ClassVar[dict[str, _Scale]]
+    _totals: ClassVar[frozenset[str]] = frozenset()
+    """Of which the total of each partition is heard: what the kernel keeps for none of them."""
 
     def __init__(self, reactor: Reactor, directory: Path | None = None) -> None:
         self.engine = Engine(reactor, self._object, self._ways, directory or Path(__file__).parent)
@@ -451,25 +429,59 @@ class _BpfSource:
         return missing
 
     def hears(self, resource: Resource, target: Target, each: bool) -> bool:
-        """One process; every process; all processes together where they can be added up."""
+        """One process; processes, each or all together where they can be added up; the total of each partition."""
         if resource.name not in self._scales:
             return False
-        if isinstance(target, Process):
-            return not each
-        return isinstance(target, Processes) and (each or self._adds_up(resource))
+        match target:
+            case Process():
+                return not each
+            case Processes():
+                return each or self._adds_up(resource)
+            case Partitions():
+                return each and resource.name in self._totals
+        return False
 
     def arm(self, want: Want, listener: Listener) -> _Armed:
         """Attach the hooks, unless they are, and judge the present.
 
         Raises:
-            Refused: the hooks do not attach any more, or there are 16 watches on the target.
+            Refused: the hooks do not attach any more, there are 16 watches on the target, the kernel cannot tell
+                who is in the partition, or a process is in 8 groups already.
             Gone: the target has ended.
             LimitsError: as `want.levels`.
         """
-        scale = self._scales[want.resource.name]
-        if isinstance(want.target, Process):
-            return _One(self.engine, want, listener, scale, want.target)
-        return (_Each if want.each else _Sum)(self.engine, want, listener, scale)
+        if self.missing() is not None:
+            raise Refused(f"{self.missing()}")
+        return _Armed(self.engine, want, listener, self._scales[want.resource.name], self._place(want))
+
+    def _place(self, want: Want) -> _Place:
+        match want.target:
+            case Process(pid=pid, start=start):
+                return _Place(PROCESS | pid, start)
+            case Partitions():
+                self._need_cgroups()
+                if any(map(_is_share, (want.condition.amount, want.condition.clear))):
+                    raise Refused("each partition has a limit of its own")
+                return _Place(EVERY_CGROUP, total=True)
+            case Processes(of=Partition() as partition):
+                return _Place(self._cgroup(partition), total=not want.each)
+            case Processes(of=Group() as group):
+                return _Place(GROUP | group.number, group=group, total=not want.each)
+        return _Place(EVERY, total=not want.each)
+
+    def _cgroup(self, partition: Partition) -> int:
+        """The scope of a partition."""
+        self._need_cgroups()
+        number = cgroups.unified_id(partition)
+        if number is None:
+            raise Refused("not in the unified hierarchy, by which the kernel's hooks tell who is where")
+        if partition.path.count("/") >= DEPTH:
+            raise Refused(f"{DEPTH} levels deep, or deeper")
+        return number
+
+    def _need_cgroups(self) -> None:
+        if not self.engine.follows_cgroups:
+            raise Refused("the kernel does not tell who moves between cgroups")
 
     def close(self) -> None:
         """Unload the programs; everything must be disarmed."""
@@ -503,8 +515,10 @@ def _table_hooks(before: str, after: str) -> tuple[frozenset[str], ...]:
 
 def _more_table_hooks(after: str) -> frozenset[str]:
     """Functions that some kernels have, and that see what the others do not."""
-    names = ("put_unused_fd", "replace_fd", "__x64_sys_dup2", "file_close_fd", "file_close_fd_locked")
-    return frozenset(after + name for name in (*names, "close_fd_get_file", "__close_fd_get_file"))
+    names = ["put_unused_fd", "replace_fd", "__x64_sys_dup2", "file_close_fd", "file_close_fd_locked"]
+    names += ["close_fd_get_file", "__close_fd_get_file"]
+    names += ["__ia32_sys_dup2", "__ia32_sys_dup3", "__ia32_sys_close_range"]
+    return frozenset(after + name for name in names)
 
 
 def _dup_and_close() -> None:
@@ -516,6 +530,7 @@ class BpfFds(_BpfSource):
 
     _object = "fds"
     _scales: ClassVar[dict[str, _Scale]] = {"fds": _Scale(Kind.FDS, 1)}
+    _totals = frozenset({"fds"})
     _ways = (
         Hooks(
             "fd_install",
@@ -535,7 +550,7 @@ class BpfFds(_BpfSource):
             "sys_exit",
             "every system call of all processes",
             (_one("sys_exit"), *_LIFE),
-            _one("io_uring_complete"),
+            _one("io_uring_complete", "io_uring_submit_req", "io_uring_submit_sqe"),
             probe=os.getppid,
         ),
     )
@@ -578,7 +593,7 @@ class BpfRss(_BpfSource):
         Hooks(
             "rss_stat",
             "page faults of all processes (per 16)",
-            (_one("rss_stat"), _one("sched_process_exit")),
+            (_one("rss_stat"), _one("sched_process_fork"), _one("sched_process_exit")),
             probe=_touch_pages,
             prepare=_find_processors,
             run=_one("find_processors"),
@@ -599,7 +614,8 @@ class Birth(NamedTuple):
         witness: of the process itself.
         parent: its number; fork only.
         status: as wait(2) has it; exit only.
-        memory, virtual: the peaks in bytes; exit only; 0 where the kernel does not tell.
+        memory, virtual: the peaks in bytes; exit only. Before Linux 6.16, where fentry on taskstats_exit is
+            refused, `memory` includes the programs before the last exec, and `virtual` is 0.
     """
 
     what: str
@@ -615,7 +631,11 @@ class BpfTasks(_BpfSource):
     """Threads, and the lives of processes with their peaks."""
 
     _object = "tasks"
-    _scales: ClassVar[dict[str, _Scale]] = {"threads": _Scale(Kind.THREADS, 1)}
+    _scales: ClassVar[dict[str, _Scale]] = {
+        "threads": _Scale(Kind.THREADS, 1),
+        "processes": _Scale(Kind.PROCESSES, 1),
+    }
+    _totals = frozenset({"processes"})
     _ways = (
         Hooks(
             "sched_process",

@@ -12,16 +12,22 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "limitfs.h"
+
+#define FIRST_KIND LIMITFS_THREADS
+#define LAST_KIND LIMITFS_PROCESSES
+#define SUMS true
 #include "judge.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
-static __s64 measure(struct task_struct *task, __u32 kind)
+static __always_inline __s64 measure(struct task_struct *task, __u32 kind)
 {
-	return BPF_CORE_READ(task, signal, live.counter);
+	int live = BPF_CORE_READ(task, signal, live.counter);
+
+	return kind == LIMITFS_PROCESSES ? live > 0 : live;
 }
 
-static void bounds(struct task_struct *task, __u32 kind, struct range *r)
+static __always_inline void bounds(struct task_struct *task, __u32 kind, struct range *r)
 {
 	r->low = r->high = measure(task, kind);
 }
@@ -44,7 +50,8 @@ int BPF_PROG(sched_process_fork, struct task_struct *parent, struct task_struct 
 {
 	if (child->tgid != parent->tgid)
 		record_life(child, LIMITFS_FORK, 0, parent->tgid, 0);
-	look(child);
+	inherit(parent, child);
+	look_at_process(child);
 	return 0;
 }
 
@@ -53,63 +60,97 @@ SEC("?tp_btf/sched_process_exec")
 int BPF_PROG(sched_process_exec, struct task_struct *task)
 {
 	record_life(task, LIMITFS_EXEC, 0, 0, 0);
-	look(task);
+	look();
 	return 0;
 }
+
+/* Pages. */
+struct peaks {
+	__s64 memory;
+	__s64 virtual;
+};
+
+/* Of processes that are about to end, from where their memory is still there to where their end is told. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, LIMITFS_CONFIGS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct peaks);
+} ending SEC(".maps");
 
 /*
  * The highest mark is kept only up to the last unmapping; the counters may
  * have grown since, and are read here as the kernel reads them for rusage,
  * without asking every processor.
  */
-#define COMMON(mm, which)									\
-	(bpf_core_type_exists(struct mm_rss_stat) ?						\
-		BPF_CORE_READ((struct mm_struct___atomic *)(mm), rss_stat.count[which].counter) :	\
-		BPF_CORE_READ(mm, rss_stat[which].count))
+static __always_inline struct peaks peaks_of(struct mm_struct *mm)
+{
+	__s64 memory = COMMON(mm, MM_FILEPAGES) + COMMON(mm, MM_ANONPAGES) + COMMON(mm, MM_SHMEMPAGES);
+	__s64 total = mm->total_vm;
+	struct peaks p = {
+		.memory = mm->hiwater_rss,
+		.virtual = mm->hiwater_vm,
+	};
+
+	if (p.memory < memory)
+		p.memory = memory;
+	if (p.virtual < total)
+		p.virtual = total;
+	return p;
+}
 
 static __always_inline void record_exit(struct task_struct *task)
 {
-	struct mm_struct *mm = BPF_CORE_READ(task, mm);
+	struct mm_struct *mm = task->mm;
 	int status = BPF_CORE_READ(task, signal, group_exit_code);
-	__s64 memory, peak, virtual = 0, total;
+	struct peaks p = {}, *before;
+	__u32 key = task->tgid;
 
 	if (!status)
 		status = BPF_CORE_READ(task, group_leader, exit_code);
-	if (mm) {
-		memory = COMMON(mm, 0) + COMMON(mm, 1) + COMMON(mm, 3);
-		peak = BPF_CORE_READ(mm, hiwater_rss);
-		total = BPF_CORE_READ(mm, total_vm);
-		virtual = BPF_CORE_READ(mm, hiwater_vm);
-		if (peak < memory)
-			peak = memory;
-		if (virtual < total)
-			virtual = total;
-	} else {
-		/* Before 6.16 the memory is gone by now; this includes the programs before the last exec. */
-		peak = BPF_CORE_READ(task, signal, maxrss);
-	}
-	record_life(task, LIMITFS_EXIT, status, peak, virtual);
+	before = bpf_map_lookup_elem(&ending, &key);
+	if (mm)
+		p = peaks_of(mm);
+	else if (before)
+		p = *before;
+	else
+		/* What is left of it includes the programs before the last exec. */
+		p.memory = BPF_CORE_READ(task, signal, maxrss);
+	if (before)
+		bpf_map_delete_elem(&ending, &key);
+	record_life(task, LIMITFS_EXIT, status, p.memory, p.virtual);
 }
 
 SEC("?tp_btf/sched_process_exit")
 int BPF_PROG(sched_process_exit, struct task_struct *task)
 {
 	if (!is_last(task)) {
-		look(task);
+		look();
 		return 0;
 	}
 	record_exit(task);
-	end(task);
+	end();
 	return 0;
 }
 
 /*
- * Before 6.16 sched_process_exit comes after the thread's joiner was woken, who
- * may have made another one by then. This comes before.
+ * Before 6.16 sched_process_exit comes after the memory is gone, and after the
+ * thread's joiner was woken, who may have made another one by then. This comes
+ * before.
  */
 SEC("?fentry/taskstats_exit")
 int BPF_PROG(fentry_taskstats_exit, struct task_struct *task)
 {
-	look(task);
+	struct mm_struct *mm = task->mm;
+	__u32 key = task->tgid;
+	struct peaks p;
+
+	if (!is_last(task)) {
+		look();
+	} else if (control.births && mm) {
+		p = peaks_of(mm);
+		bpf_map_update_elem(&ending, &key, &p, BPF_ANY);
+	}
 	return 0;
 }

@@ -1,0 +1,155 @@
+"""Tells of rules what can be told without a mount: whether their paths are in the table, and their values parse.
+
+What depends on the machine (whether a partition exists, whether a limit is there to take a percentage of) is for
+the mount to say.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from limitfs.errors import Absent, Denied, Forbidden, Invalid, LimitsError
+from limitfs.resources import RESOURCES
+from limitfs.resources.limits import parse_limit
+from limitfs.resources.model import Partition, Process, Processes, Resource, Target, Thread
+from limitfs.rules import Fault, Rule, Rules
+from limitfs.selecting.language import parse as parse_selection
+from limitfs.space import content
+from limitfs.space.content import Place
+from limitfs.space.handles import command
+from limitfs.space.table import ROOT, Dir, Entry, Event, Family, File, Link, Writer
+from limitfs.watching.condition import parse
+from limitfs.watching.registry import HEARING
+
+_PROTOTYPES: dict[str, Target] = {
+    "PID": Process(0, 0),
+    "TID": Thread(0, 0, 0),
+    "CGROUP": Partition("/", 0, 0),
+    "GROUP": Processes(),
+}
+"""Stands for any of a family, by its label; what a family without one measures is not known here."""
+
+_NUMBERS = ("PID", "TID")
+"""Labels of families whose names are numbers."""
+
+
+def check(rules: Rules) -> Iterator[Fault]:
+    """What is wrong with the rules, in the order of their lines."""
+    faults = list(rules.faults)
+    for rule in rules.rules:
+        fault = _check(rule)
+        if fault is not None:
+            faults.append(fault)
+    yield from sorted(faults, key=lambda fault: (fault.line.file, fault.line.number))
+
+
+def _check(rule: Rule) -> Fault | None:
+    at = rule.path_at
+    directory, place = ROOT, Place()
+    names = rule.path.split("/")
+    try:
+        for name in names[:-1]:
+            directory, place = _enter(directory, place, name)
+            at += len(name) + 1
+        file = _file(directory, place, names[-1])
+        at = rule.value_at
+        _check_value(file, place.resource, command(rule.value.encode()))
+    except LimitsError as error:
+        return Fault(rule.line, error, at)
+    return None
+
+
+def _enter(directory: Dir, place: Place, name: str) -> tuple[Dir, Place]:
+    """One name further down. Raises Absent, Forbidden."""
+    entry = _fixed(directory, place, name)
+    if isinstance(entry, Dir):
+        below = place.at(name)
+        return entry, entry.step(below) if entry.step else below
+    if isinstance(entry, Link):
+        raise Forbidden(f"{name} leads elsewhere for each who asks", "name what it leads to")
+    if entry is not None:
+        raise Absent(f"{name} is a file", "the last name of a path")
+    for family in directory.families:
+        bound = _bind(family, place, name)
+        if bound is not None:
+            return family.below or directory, bound
+    raise _absent(directory, place, name)
+
+
+def _fixed(directory: Dir, place: Place, name: str) -> Entry | None:
+    for entry in directory.entries:
+        if entry.name != name:
+            continue
+        known = place.target is not None or place.resource is None
+        if known and entry.present is not None and not entry.present(place):
+            continue
+        return entry
+    return None
+
+
+def _bind(family: Family, place: Place, name: str) -> Place | None:
+    """Where a name of this family leads, None where it cannot be one of it."""
+    if family.bind is content.bind_resource:
+        resource = RESOURCES.get(name)
+        if resource is None or (place.target is not None and place.target.level not in resource.levels):
+            return None
+        return Place(place.at(name).path, place.target, resource)
+    if family.label in _NUMBERS and not name.isdigit():
+        return None
+    if place.resource is not None:
+        return Place(place.at(name).path, place.target, place.resource, name)
+    return Place(place.at(name).path, _PROTOTYPES.get(family.label))
+
+
+def _file(directory: Dir, place: Place, name: str) -> File:
+    """What is written to. Raises LimitsError."""
+    entry = _fixed(directory, place, name)
+    match entry:
+        case File(write=None):
+            raise Denied("this file cannot be written")
+        case File():
+            return entry
+        case Event():
+            raise Invalid("a condition written here lives as long as the open file", "write to `threshold`")
+        case None if all(_bind(family, place, name) is None for family in directory.families):
+            raise _absent(directory, place, name)
+        case None if place.resource is not None:
+            raise _absent(directory, place, name)
+    raise Invalid(f"{name} is a directory", "name a file in it, such as threshold")
+
+
+def _absent(directory: Dir, place: Place, name: str) -> Absent:
+    level = place.target.level if place.target is not None else None
+    if name in RESOURCES and level is not None and level not in RESOURCES[name].levels:
+        known = ", ".join(sorted(RESOURCES[name].levels))
+        return Absent(f"{name} is not measured at {level} level", f"it is for: {known}")
+    names = [entry.name for entry in directory.entries]
+    if any(family.bind is content.bind_resource for family in directory.families):
+        names += [r.name for r in RESOURCES.values() if level is None or level in r.levels]
+    near = difflib.get_close_matches(name, names, 1)
+    return Absent(f"no {name!a} in {place.path or 'the root'}", f"did you mean {near[0]}?" if near else "")
+
+
+def _check_value(file: File, resource: Resource | None, text: str) -> None:
+    """Raises LimitsError where no mount would take it."""
+    judge = _JUDGES.get(file.write) if file.write is not None else None
+    if judge is not None:
+        judge(text, resource)
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], None]:
+    def judge(text: str, _resource: Any) -> None:
+        if text not in choices:
+            raise Invalid(f"{text!a} is no choice here", " or ".join(choices))
+
+    return judge
+
+
+_JUDGES: dict[Writer, Callable[[str, Any], object]] = {
+    content.store_threshold: lambda text, resource: parse(text, resource.unit, resource.rate),
+    content.store_limit: lambda text, resource: parse_limit(text, resource.unit),
+    content.store_mode: _one_of(("each", "sum")),
+    content.store_hearing: _one_of(HEARING),
+    content.store_select: lambda text, _resource: parse_selection(text),
+}
+"""Of the files whose text has a grammar; given the resource too, where there is one."""
