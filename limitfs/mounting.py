@@ -236,8 +236,7 @@ def launch(serve: Callable[[Callable[[], None]], int], patience: float = 60.0) -
 def _become_daemon(serve: Callable[[Callable[[], None]], int], writer: int) -> NoReturn:
     status = 1
     try:
-        os.setsid()
-        # Not a session leader, so that opening a terminal never gives it one.
+        # A child of init's: nobody waits for it, and it leads no group of processes.
         if os.fork():
             os._exit(0)
         _let_go(writer)
@@ -264,6 +263,8 @@ def _let_go(writer: int) -> None:
 
 
 def _ready() -> None:
+    # Not earlier: while systemd mounts what somebody looked for, autofs lets in only its own process group.
+    os.setsid()
     os.write(2, READY)
     os.dup2(0, 2)
 

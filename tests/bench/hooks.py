@@ -34,6 +34,7 @@ COUNTS = {
     "open_cold": 300,
     "page_fault": 200,
     "fork_exit": 50,
+    "fork_exec": 20,
 }
 RESOURCES = {
     "fds": ("getppid", "dup_close", "open_hot", "open_cold", "fork_exit"),
@@ -64,11 +65,16 @@ class Worker:
         self.process.stdout.close()
 
 
+def compiled(directory: Path, name: str) -> Path:
+    """A program of this directory."""
+    program = directory / name
+    subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).parent / f"{name}.c"], check=True)
+    return program
+
+
 @contextlib.contextmanager
 def worker(directory: Path) -> Iterator[Worker]:
-    program = directory / "strokes"
-    subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).parent / "strokes.c"], check=True)
-    made = Worker(program)
+    made = Worker(compiled(directory, "strokes"))
     try:
         yield made
     finally:
@@ -121,8 +127,13 @@ def armed(limits: Mount, pid: int, resource: str) -> Iterator[str]:
     limits.write(f"{path}/threshold", NEVER[resource])
     yield limits.state(f"{path}/state")["source"]
     limits.write(f"{path}/threshold", "off")
-    while _links(limits.daemon.pid):
-        time.sleep(0.05)  # detaching is not waited for
+    wait_detached(limits.daemon.pid)
+
+
+def wait_detached(pid: int) -> None:
+    """Until the daemon has no hooks in force; disarming does not wait for that."""
+    while _links(pid):
+        time.sleep(0.05)
     time.sleep(1)  # the last link has no descriptor any more, but may have a hook
 
 

@@ -37,6 +37,17 @@ static void fork_exit(void)
 	waitpid(pid, NULL, 0);
 }
 
+static void fork_exec(void)
+{
+	pid_t pid = vfork();
+
+	if (!pid) {
+		execl("/bin/true", "true", (char *)NULL);
+		_exit(1);
+	}
+	waitpid(pid, NULL, 0);
+}
+
 static void page_fault(void)
 {
 	enum { PAGES = 64 };
@@ -51,6 +62,7 @@ static void page_fault(void)
 static const struct { const char *name; void (*stroke)(void); } strokes[] = {
 	{ "open_hot", open_hot },   { "open_cold", open_cold }, { "dup_close", dup_close },
 	{ "getppid", get_ppid },    { "fork_exit", fork_exit }, { "page_fault", page_fault },
+	{ "fork_exec", fork_exec },
 };
 
 static double now(void)

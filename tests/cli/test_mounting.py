@@ -129,10 +129,11 @@ def test_launch_returns_when_ready_and_the_daemon_lets_go_of_everything(tmp_path
     out = tmp_path / "daemon"
     extra = os.open("/dev/zero", os.O_RDONLY)
     os.set_inheritable(extra, True)
-    body = f"""ready()
+    body = f"""before = os.getpgrp()
+ready()
 links = [f"/proc/self/fd/{{fd}}" for fd in os.listdir("/proc/self/fd")]
 fds = [os.readlink(link) for link in links if os.path.lexists(link)]
-lines = [os.getcwd(), str(os.getpid()), str(os.getsid(0)), str(os.getpgid(0)), *fds]
+lines = [os.getcwd(), str(os.getpid()), str(os.getsid(0)), str(os.getpgrp()), str(before), *fds]
 open({str(out)!r} + ".new", "w").write("\\n".join(lines))
 os.rename({str(out)!r} + ".new", {str(out)!r})
 time.sleep(60)"""
@@ -144,10 +145,11 @@ time.sleep(60)"""
     os.close(extra)
     assert done.stdout.strip() == "said ''"
     assert time.monotonic() - start < 10
-    cwd, pid, session, group, *fds = wait_for(out).read_text().split("\n")
+    cwd, pid, session, group, before, *fds = wait_for(out).read_text().split("\n")
     try:
         assert cwd == "/"
-        assert session == group != pid, "a session of its own that it does not lead"
+        assert session == group == pid, "a session of its own"
+        assert before == str(os.getpgrp()), "until it is ready, the group of who started it: autofs asks for that"
         assert fds.count("/dev/null") == 3
         assert "/dev/zero" not in fds
         assert not [fd for fd in fds if fd.startswith("pipe:")]

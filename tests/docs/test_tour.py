@@ -1,4 +1,4 @@
-"""The tour of README.md, run as a reader would: its commands in one shell, on a real mount."""
+"""The pages that are a tour, run as a reader would: their commands in one shell, on a real mount."""
 
 import doctest
 import os
@@ -15,7 +15,8 @@ import pytest
 
 from conftest import Mount
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 MOUNT_POINT = "/limits"
 PATIENCE = 120.0
 """Seconds for one command; none of them is timed."""
@@ -79,15 +80,16 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     shell.end()
 
 
-def test_the_tour(limits: Mount, shell: Shell) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/each-or-sum.md"])
+def test_the_tour(limits: Mount, shell: Shell, page: str) -> None:
     checker = doctest.OutputChecker()
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    tour = list(steps(README.read_text(encoding="utf-8")))
+    tour = list(steps((ROOT / page).read_text(encoding="utf-8")))
     assert len(tour) > 20
     for command, shown in tour:
         got = shell.run(command.replace(MOUNT_POINT, str(limits.root)))
         want = shown.replace(MOUNT_POINT, str(limits.root))
-        assert checker.check_output(want, got, flags), f"$ {command}\n{got}\n-- but README.md shows --\n{want}"
+        assert checker.check_output(want, got, flags), f"$ {command}\n{got}\n-- but {page} shows --\n{want}"
 
 
 @pytest.mark.parametrize(

@@ -263,8 +263,7 @@ class Engine:
 
     def close(self) -> None:
         """Unload; nobody may use it any more."""
-        self._end_grace()
-        self._detach()
+        self.wait_detached()
         self._unload()
         self._tried = False
 
@@ -278,7 +277,7 @@ class Engine:
         assert self._object is not None
         self._end_grace()
         self._stop.set()  # then it is one program at most that is waited for
-        self.wait_detached()
+        self._join()
         for name in sorted(self._programs):
             if name in self._links:
                 continue
@@ -292,7 +291,8 @@ class Engine:
 
     def _detach(self) -> None:
         # fexit takes up to half a second, in which the event loop must go on.
-        self.wait_detached()
+        self._grace = None
+        self._join()
         self._stop = threading.Event()
         self._detaching = threading.Thread(
             target=self._links.destroy, args=(self._stop,), name="limitfs-detach", daemon=True
@@ -300,7 +300,14 @@ class Engine:
         self._detaching.start()
 
     def wait_detached(self) -> None:
-        """Until the hooks are gone; a program cannot be attached again to the same function before that."""
+        """Until the hooks are gone that nobody needs, without grace."""
+        if self._grace is not None:
+            self._end_grace()
+            self._detach()
+        self._join()
+
+    def _join(self) -> None:
+        """A program cannot be attached again to the same function while it is being detached."""
         if self._detaching is not None:
             self._detaching.join()
             self._detaching = None
@@ -319,7 +326,7 @@ class Engine:
             self._object.map(name).clear(key)
 
     def _unload(self) -> None:
-        self.wait_detached()
+        self._join()
         self._control = None
         if self._object is not None:
             self._object.close()
@@ -538,11 +545,11 @@ class Engine:
         if followed is None:
             return
         if followed.cancel is None:
-            self._join(number, process)
+            self._tell_kernel(number, process)
             followed.present.append(process)
             return
         try:
-            self._join(number, process)
+            self._tell_kernel(number, process)
         except Refused as refusal:
             log.warning("process %d: %s", process.pid, refusal)
             self._tell_lack(1)
@@ -550,7 +557,7 @@ class Engine:
         if not self.look(process):
             self._memberships().delete(_key_of(process))
 
-    def _join(self, number: int, process: Process) -> None:
+    def _tell_kernel(self, number: int, process: Process) -> None:
         key, memberships = _key_of(process), self._memberships()
         while True:
             membership = Membership()
