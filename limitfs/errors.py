@@ -27,14 +27,16 @@ class LimitsError(Exception):
     Args:
         message: what is wrong, in a few words.
         hint: what would be right, if that can be said.
+        picture: what was written, in lines that show where it is wrong; told in place of it.
     """
 
     errno: int = errno.EINVAL
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", picture: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.picture = picture
 
 
 class Invalid(LimitsError):

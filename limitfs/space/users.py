@@ -20,9 +20,10 @@ class LastErrors:
 
     def refused(self, user: int, path: str, written: str | None, error: LimitsError) -> None:
         """Note a refusal: where, what was written, what is wrong with it and what would be right."""
-        said = f" {_shown(written)}" if written is not None else ""
+        said = f" {_shown(written)}" if written is not None and not error.picture else ""
         hint = f"; {error.hint}" if error.hint else ""
-        self._of(user).append(f"{_one_word(path)}:{said} {error.message}{hint}\n")
+        picture = f"\n{error.picture}" if error.picture else ""
+        self._of(user).append(f"{_one_word(path)}:{said} {error.message}{hint}{picture}\n")
 
     def accepted(self, user: int) -> None:
         """Note that the latest write was good."""

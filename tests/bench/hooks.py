@@ -47,8 +47,9 @@ NEVER = {"fds": "100000", "memory": "1000G", "threads": "100000"}
 class Worker:
     """A process that does what is measured."""
 
-    def __init__(self, program: Path) -> None:
-        self.process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, program: Path, *arguments: str) -> None:
+        command = [program, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, name: str) -> float:
         assert self.process.stdin is not None
@@ -73,8 +74,8 @@ def compiled(directory: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def worker(directory: Path) -> Iterator[Worker]:
-    made = Worker(compiled(directory, "strokes"))
+def worker(directory: Path, *arguments: str) -> Iterator[Worker]:
+    made = Worker(compiled(directory, "strokes"), *arguments)
     try:
         yield made
     finally:

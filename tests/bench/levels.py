@@ -190,7 +190,7 @@ def main() -> None:
                 directory = Path(name)
                 with (
                     crowd(directory, size) as those,
-                    worker(directory) as work,
+                    worker(directory, "cpu") as work,
                     mounted(directory, "state=none") as limits,
                 ):
                     measure(limits, those, work, chosen, way)

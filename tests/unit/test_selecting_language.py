@@ -185,13 +185,13 @@ def test_canonical(written: str, canonical: str) -> None:
 def test_a_caret_under_what_is_wrong(written: str, error: type[LimitsError], said: str) -> None:
     with pytest.raises(error) as refused:
         parse(written)
-    assert refused.value.message == said
+    assert f"{refused.value.message}\n{refused.value.picture}" == said
 
 
 def test_an_unknown_column_names_those_there_are() -> None:
     with pytest.raises(Invalid) as refused:
         parse("comm == x &&\nbogus < 5")
-    first, *drawn = refused.value.message.split("\n")
+    first, drawn = refused.value.message, refused.value.picture.split("\n")
     assert first.startswith("no column bogus; there are pid, ppid, comm, state")
     assert "memory" in first
     assert drawn == ["    comm == x && bogus < 5", "                 ^"]

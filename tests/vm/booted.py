@@ -69,9 +69,11 @@ def answers() -> bool:
 
 
 @contextlib.contextmanager
-def hog(files: int) -> Iterator[int]:
+def hog(files: int, comm: str = "python3") -> Iterator[int]:
     """A process that holds so many descriptors; gives its pid."""
-    program = f"held = [os.open('/dev/null', 0) for _ in range({files})]"
+    program = (
+        f"open('/proc/self/comm', 'w').write('{comm}')\nheld = [os.open('/dev/null', 0) for _ in range({files})]"
+    )
     program = f"import os, time\n{program}\nprint(flush=True)\ntime.sleep(9999)"
     with subprocess.Popen([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -110,6 +112,7 @@ def armed() -> None:
     assert read("process/fds/threshold") == ">= 400\n"
     assert read("process/fds/many/threshold") == ">= 450\n"
     assert read("system/available/threshold") == "< 1%\n"
+    assert read("group/hogs/fds/threshold") == ">= 60\n"
 
 
 # --- what the boot did
@@ -165,10 +168,18 @@ def a_process_that_starts_later_is_watched_and_a_unit_started() -> None:
 
 
 @check
-def a_process_with_fewer_is_not_told_of() -> None:
-    with hog(100) as pid:
+def a_process_that_joins_a_group_later_is_watched() -> None:
+    with hog(70, "hog") as pid:
+        wait_for(lambda: rings("group/hogs/fds", pid), "the group rings")
+
+
+@check
+def a_process_with_fewer_or_outside_of_the_group_is_not_told_of() -> None:
+    with hog(50, "hog") as few, hog(100) as outside:
         time.sleep(5)
-        assert f"pid={pid} " not in read("process/fds/event")
+        said = read("process/fds/event") + read("group/hogs/fds/event")
+        assert f"pid={few} " not in said
+        assert f"pid={outside} " not in said
 
 
 # --- reload
@@ -327,7 +338,10 @@ def the_package_mounts_it_at_once() -> None:
     run("dpkg", "--install", "/root/limitfs.deb")
     wait_for(lambda: show("limitfs.service", "ActiveState") == ["active"], "it is started")
     assert read("system/fds/threshold") == "off\n"
-    # Somebody who keeps it busy does not keep the machine from going down.
+
+
+@check
+def somebody_keeps_it_busy_while_the_machine_goes_down() -> None:
     run("systemd-run", "--unit=busy", "tail", "-f", str(LIMITS / "system/fds/event"))
 
 

@@ -376,9 +376,11 @@ static long climb(__u32 index, struct climb *c)
 	struct cgroup *at = (struct cgroup *)c->at;
 	__u32 level = BPF_CORE_READ(at, level);
 
-	/* The root has the same number everywhere. */
-	if (level > 0 && level < LIMITFS_DEPTH)
-		c->container.scopes[level] = id_of(at);
+	/* The root has the same number everywhere. Masked for the verifier. */
+	if (level > 0 && level < LIMITFS_DEPTH) {
+		barrier_var(level);
+		c->container.scopes[level % LIMITFS_DEPTH] = id_of(at);
+	}
 	c->at = (__u64)BPF_CORE_READ(at, self.parent, cgroup);
 	return level == 0 || !c->at;
 }
@@ -398,7 +400,9 @@ __noinline int find_ancestors(__u64 cgroup)
 	if (leaf)
 		bpf_loop(DEEPEST, climb, &c, 0);
 	key = c.container.leaf;
-	return !bpf_map_update_elem(&containers, &key, &c.container, BPF_ANY);
+	if (bpf_map_update_elem(&containers, &key, &c.container, BPF_ANY))
+		overflow();
+	return 0;
 }
 
 static __always_inline struct container *container_of_task(struct task_struct *task)
@@ -410,8 +414,7 @@ static __always_inline struct container *container_of_task(struct task_struct *t
 
 	if (c && c->leaf == id)
 		return c;
-	if (!find_ancestors((__u64)cgroup))
-		overflow();
+	find_ancestors((__u64)cgroup);
 	return bpf_map_lookup_elem(&containers, &key);
 }
 
@@ -435,6 +438,7 @@ struct turning {
 	struct subject *subject;
 	struct state *state;
 	struct levels levels;
+	struct member member;	/* of the subject; before 6.2 maps take no key from elsewhere than this stack */
 	__u32 kind;
 };
 
@@ -464,7 +468,7 @@ static long judge_round(__u32 index, struct turning *t)
 			describe(t->subject, t->task);
 		/* A state is made when it first turns. */
 		if (!t->state)
-			t->state = state_of(&t->subject->member);
+			t->state = state_of(&t->member);
 	}
 	if (!t->state)
 		return 1;
@@ -483,8 +487,9 @@ __noinline int judge_watch(__u64 task, __u64 owner, const struct watch *w, struc
 	t.kind = w->kind;
 	s->member.watch = w->id;
 	s->quiet = planting && w->id >= planting;
+	t.member = s->member;
 	resolve(&t.levels, w, limit_of(t.owner, w));
-	t.state = bpf_map_lookup_elem(&states, &s->member);
+	t.state = bpf_map_lookup_elem(&states, &t.member);
 	flips = flips_of(t.state);
 	bounds(t.task, t.kind, &r);
 	if (turns(&t.levels, flips, r.low) || turns(&t.levels, flips, r.high))
