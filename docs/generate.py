@@ -22,7 +22,6 @@ from limitfs.hearing.reactor import Reactor  # noqa: E402
 from limitfs.hearing.sources import Hearing  # noqa: E402
 from limitfs.resources import kinds, members  # noqa: E402
 from limitfs.resources.model import (  # noqa: E402
-    Group,
     Level,
     Partition,
     Partitions,
@@ -117,19 +116,6 @@ def _yes(so: bool) -> str:
     return "yes" if so else ""
 
 
-class _Some(Group):
-    """A group, whichever."""
-
-    name, number = "NAME", 0
-
-    def processes(self) -> list[Process]:
-        return []
-
-    def follow(self, joined: Callable[[Process], None], left: Callable[[Process], None]) -> Callable[[], None]:
-        del joined, left
-        return lambda: None
-
-
 # Who hears what
 
 _SOMEBODY = Process(0, 0)
@@ -183,7 +169,7 @@ _EVERYWHERE: tuple[tuple[str, Target], ...] = (
     ("`thread/`", Threads(_SOMEBODY)),
     ("`process/PID/`", _SOMEBODY),
     ("`process/`", Processes()),
-    ("`group/NAME/`", Processes(_Some())),
+    ("`group/NAME/`", Processes(content.SomeGroup())),
     ("`partition/CGROUP/`", _SOMEWHERE),
     ("`partition/`", Partitions()),
     ("`system/`", System()),

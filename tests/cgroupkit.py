@@ -4,11 +4,13 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from limitfs.resources import cgroups
+from limitfs.resources.model import Partition
 
 
 @dataclass
@@ -26,6 +28,11 @@ class Cgroup:
     def tree(self) -> str:
         """Where it is below the mount point; names of tests collide with nothing."""
         return f"partition{self.path}"
+
+    @property
+    def partition(self) -> Partition:
+        """As resources and sources know it."""
+        return cgroups.identify(self.path)
 
     def below(self, name: str) -> "Cgroup":
         """A new one, directly below."""
@@ -59,6 +66,13 @@ class Cgroup:
                 return
             time.sleep(0.02)
         raise AssertionError(f"{self.directory} cannot be removed")
+
+
+def worker(helper: Callable[..., Any], group: Cgroup) -> Any:
+    """A child that begins in `group`."""
+    child = helper()
+    group.take(child.pid)
+    return child
 
 
 def hierarchy_of(controller: str) -> cgroups.Hierarchy | None:

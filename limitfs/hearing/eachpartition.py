@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 from limitfs.errors import Gone, LimitsError
 from limitfs.hearing.partitions import Directories, PartitionMembers
@@ -34,31 +35,59 @@ class EachPartition:
                 heard.
         """
         armed = EachArmed((source, *self._others), want, listener)
-        members = PartitionMembers(self._directories, armed)
-        armed.cleanup.callback(members.close)
         try:
-            members.start()
+            self._start(armed)
             armed.refuse_if_unheard()
         except BaseException:
             armed.disarm()
             raise
         return armed
 
+    def arm_rest(self, heard: Callable[[Partition], bool], want: Want, listener: Listener) -> "EachArmed":
+        """Begin for the partitions that are not `heard` already, with the other sources alone.
+
+        Raises:
+            Refused: the coming and going of partitions cannot be heard.
+        """
+        armed = EachArmed(self._others, want, listener, heard)
+        try:
+            self._start(armed)
+        except BaseException:
+            armed.disarm()
+            raise
+        return armed
+
+    def _start(self, armed: "EachArmed") -> None:
+        members = PartitionMembers(self._directories, armed)
+        armed.cleanup.callback(members.close)
+        members.start()
+
 
 class EachArmed:
-    """A want at work: an armed source for every partition.
+    """A want at work: an armed source for every partition, save those that are `heard` in another way.
 
     Attributes:
         cleanup: what is to be undone in the end.
     """
 
-    def __init__(self, sources: tuple[Source, ...], want: Want, listener: Listener) -> None:
+    def __init__(
+        self,
+        sources: tuple[Source, ...],
+        want: Want,
+        listener: Listener,
+        heard: Callable[[Partition], bool] = lambda _partition: False,
+    ) -> None:
         self.cleanup = contextlib.ExitStack()
         self._sources = sources
         self._want = want
         self._listener = listener
+        self._heard = heard
         self._armed: dict[Partition, Armed] = {}
         self._disarmed = False
+
+    def __len__(self) -> int:
+        """How many partitions it hears."""
+        return len(self._armed)
 
     @property
     def source(self) -> str:
@@ -94,7 +123,7 @@ class EachArmed:
 
     def appeared(self, partition: Partition) -> None:
         """A partition is there."""
-        if self._disarmed or not measured(self._want.resource, partition):
+        if self._disarmed or self._heard(partition) or not measured(self._want.resource, partition):
             return
         with contextlib.suppress(Gone):
             self._arm(partition)

@@ -46,8 +46,8 @@ class Hearing:
         timers = CpuTimers(reactor)
         looking = PeakSource(reactor), SamplingSource(reactor)
         each = EachPartition(self.directories, *looking)
-        self.tasks = BpfTasks(reactor)
-        self._hooks = (BpfFds(reactor), BpfRss(reactor), self.tasks)
+        self.tasks = BpfTasks(reactor, each=each)
+        self._hooks = (BpfFds(reactor, each=each), BpfRss(reactor), self.tasks)
         self.sources: tuple[Source, ...] = (
             *self._hooks,
             CpuTimerSource(reactor, timers, self.deaths, self.membership),

@@ -653,12 +653,12 @@ def _prototypes() -> Iterable[tuple[str, str, Target]]:
         yield "partition", "each", Partitions()
         yield "partition/CGROUP", "sum", somewhere
         yield "partition/CGROUP", "each", somewhere
-    yield "group/NAME", "each", Processes(_SomeGroup())
-    yield "group/NAME", "sum", Processes(_SomeGroup())
+    yield "group/NAME", "each", Processes(SomeGroup())
+    yield "group/NAME", "sum", Processes(SomeGroup())
     yield from _PROTOTYPES
 
 
-class _SomeGroup(model.Group):
+class SomeGroup(model.Group):
     """A group, whichever, to ask who would hear it."""
 
     name, number = "NAME", 0

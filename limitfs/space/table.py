@@ -188,22 +188,19 @@ PROCESSES = Dir(
     step=content.all_processes,
 )
 
+
+def _partitions(below: Dir | None) -> tuple[Family, ...]:
+    return _RESOURCES, Family("CGROUP", content.partition_names, content.bind_partition, below, lasting=False)
+
+
 PARTITION = Dir(
-    "CGROUP",
-    "one partition, that is cgroup, with all that is in it and below",
-    families=(
-        _RESOURCES,
-        Family("CGROUP", content.partition_names, content.bind_partition, None, lasting=False),
-    ),
+    "CGROUP", "one partition, that is cgroup, with all that is in it and below", families=_partitions(None)
 )
 
 PARTITIONS = Dir(
     "partition",
     "all partitions, and RESOURCES for each or all of them",
-    families=(
-        _RESOURCES,
-        Family("CGROUP", content.partition_names, content.bind_partition, PARTITION, lasting=False),
-    ),
+    families=_partitions(PARTITION),
     step=content.all_partitions,
     present=content.has_partitions,
 )

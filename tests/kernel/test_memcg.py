@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from cgroupkit import Cgroup, cgroup
+from cgroupkit import Cgroup, cgroup, worker
 
 from kernelkit import Heard, Turned, begin, turned, want
 from limitfs.errors import Gone, Unsupported
@@ -50,16 +50,6 @@ def heard() -> Heard:
     return Heard()
 
 
-def identify(group: Cgroup) -> Partition:
-    return cgroups.identify(group.path)
-
-
-def worker(helper: MakeHelper, group: Cgroup) -> Any:
-    child = helper()
-    group.take(child.pid)
-    return child
-
-
 def take(size: int) -> str:
     return f"held.append(mmap.mmap(-1, {size})); [held[-1].write(bytes({MIB})) for _ in range({size // MIB})]"
 
@@ -80,7 +70,7 @@ def test_what_is_its_business(source: MemcgSource) -> None:
 
 @pytest.mark.parametrize("text", ["< 1M", "<= 1M", "change"])
 def test_what_no_mark_can_tell_is_refused(source: MemcgSource, group: Cgroup, heard: Heard, text: str) -> None:
-    for target, each in ((identify(group), False), (Partitions(), True)):
+    for target, each in ((group.partition, False), (Partitions(), True)):
         with pytest.raises(Refused):
             source.arm(want(Memory(), target, text, each=each), heard)
     assert not heard.readings
@@ -89,8 +79,8 @@ def test_what_no_mark_can_tell_is_refused(source: MemcgSource, group: Cgroup, he
 def test_the_kernel_signals_both_ways(reactor: Turned, group: Cgroup, helper: MakeHelper) -> None:
     child = worker(helper, group)
     told: list[int] = []
-    thresholds = Thresholds(reactor, identify(group), frozenset({50 * MIB}), lambda: told.append(1))
-    silent = Thresholds(reactor, identify(group), frozenset({500 * MIB}), lambda: told.append(2))
+    thresholds = Thresholds(reactor, group.partition, frozenset({50 * MIB}), lambda: told.append(1))
+    silent = Thresholds(reactor, group.partition, frozenset({500 * MIB}), lambda: told.append(2))
     for expected in (1, 3):
         child.do(take(60 * MIB))
         reactor.until(lambda expected=expected: len(told) == expected)
@@ -111,8 +101,8 @@ def test_it_rings_and_clears_and_its_neighbour_is_silent(
     busy, calm = group.below("busy"), group.below("calm")
     child, silent = worker(helper, busy), Heard()
     worker(helper, calm)
-    armed = source.arm(want(Memory(), identify(busy), "50M clear 30M"), heard)
-    twin = source.arm(want(Memory(), identify(calm), "50M clear 30M"), silent)
+    armed = source.arm(want(Memory(), busy.partition, "50M clear 30M"), heard)
+    twin = source.arm(want(Memory(), calm.partition, "50M clear 30M"), silent)
     assert (armed.source, armed.guarantee) == ("memcg", Guarantee.PEAK)
     assert armed.period is not None
     reactor.quiet(0.5)
@@ -131,7 +121,7 @@ def test_a_spike_is_heard_though_it_is_over(
     reactor: Turned, source: MemcgSource, group: Cgroup, heard: Heard, helper: MakeHelper
 ) -> None:
     child = worker(helper, group)
-    armed = source.arm(want(Memory(), identify(group), "50M"), heard)
+    armed = source.arm(want(Memory(), group.partition, "50M"), heard)
     for size in (60, 80, 100):  # each higher than the mark that the one before left
         child.do(f"{take(size * MIB)}; {GIVE}")
         reactor.until(lambda size=size: max(heard.values()) >= size * MIB)
@@ -144,10 +134,10 @@ def test_a_mark_that_was_past_the_level_is_owned_up_to(
 ) -> None:
     child = worker(helper, group)
     child.do(f"{take(60 * MIB)}; {GIVE}")
-    armed = source.arm(want(Memory(), identify(group), "50M"), heard)
+    armed = source.arm(want(Memory(), group.partition, "50M"), heard)
     assert armed.guarantee is Guarantee.SAMPLED
     armed.disarm()
-    armed = source.arm(want(Memory(), identify(group), "200M"), heard)
+    armed = source.arm(want(Memory(), group.partition, "200M"), heard)
     assert armed.guarantee is Guarantee.PEAK
     armed.disarm()
 
@@ -155,7 +145,7 @@ def test_a_mark_that_was_past_the_level_is_owned_up_to(
 def test_what_is_below_counts(reactor: Turned, source: MemcgSource, group: Cgroup, helper: MakeHelper) -> None:
     children = [worker(helper, group.below(name)) for name in "abc"]
     listeners = [Heard() for _ in range(3)]
-    targets = [identify(group), *(cgroups.identify(f"{group.path}/{name}") for name in "ab")]
+    targets = [group.partition, *(cgroups.identify(f"{group.path}/{name}") for name in "ab")]
     armed = [
         source.arm(want(Memory(), target, "80M"), listener)
         for target, listener in zip(targets, listeners, strict=True)
@@ -173,14 +163,14 @@ def test_thresholds_follow_a_limit(reactor: Turned, group: Cgroup, heard: Heard,
     level = [400 * MIB]
 
     def levels(member: Target) -> tuple[float, float]:
-        assert member == identify(group)
+        assert member == group.partition
         return level[0], level[0]
 
     armed = Signalled(
         "memcg",
         reactor,
         Slowly(reactor),
-        dataclasses.replace(want(Memory(), identify(group), "1"), levels=levels),
+        dataclasses.replace(want(Memory(), group.partition, "1"), levels=levels),
         heard,
     )
     before = armed._thresholds
@@ -193,7 +183,7 @@ def test_thresholds_follow_a_limit(reactor: Turned, group: Cgroup, heard: Heard,
 
 def test_a_removed_partition_is_gone(reactor: Turned, source: MemcgSource, group: Cgroup, heard: Heard) -> None:
     below = group.below("below")
-    partition = identify(below)
+    partition = below.partition
     armed = source.arm(want(Memory(), partition, "1G"), heard)
     below.remove()
     reactor.until(lambda: heard.ended)
@@ -205,7 +195,7 @@ def test_a_removed_partition_is_gone(reactor: Turned, source: MemcgSource, group
 
 def test_a_partition_of_another_hierarchy_is_refused(source: MemcgSource, heard: Heard) -> None:
     with cgroup() as other:
-        partition = identify(other)
+        partition = other.partition
         with pytest.raises(Unsupported):
             Memory().usage(partition)
         with pytest.raises(Refused):
@@ -220,19 +210,19 @@ def test_each_partition(
     armed = source.arm(want(Memory(), Partitions(), "50M clear 40M", each=True), heard)
     assert "memcg" in armed.source
     late = group.below("late")
-    partition = identify(late)
+    partition = late.partition
     child = worker(helper, late)
     reactor.until(lambda: heard.values(partition))
     child.do(take(60 * MIB))
     reactor.until(lambda: heard.values(partition)[-1] >= 50 * MIB)
-    reactor.until(lambda: heard.values(identify(group))[-1] >= 50 * MIB)
+    reactor.until(lambda: heard.values(group.partition)[-1] >= 50 * MIB)
     child.do(GIVE)
     reactor.until(lambda: heard.values(partition)[-1] <= 40 * MIB)
-    assert max(heard.values(identify(calm))) < 50 * MIB
+    assert max(heard.values(calm.partition)) < 50 * MIB
     child.end()
     late.remove()
     reactor.until(lambda: partition in heard.ended)
-    assert identify(group) not in heard.ended
+    assert group.partition not in heard.ended
     armed.disarm()
     group.below("unheard")
     assert reactor.quiet(0.3) == 0
@@ -243,7 +233,7 @@ def test_one_that_is_in_another_hierarchy_only_is_sampled_until_it_is_here_too(
 ) -> None:
     with cgroup() as other:
         armed = source.arm(want(Memory(), Partitions(), "50M", each=True), heard)
-        partition = identify(other)
+        partition = other.partition
         assert (armed.source, armed.guarantee) == ("memcg,sampled", Guarantee.SAMPLED)
         assert isinstance(armed, EachArmed)
         assert armed._armed[partition].source == "sampled"

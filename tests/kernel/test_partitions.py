@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cgroupkit import Cgroup, cgroup, hierarchy_of
+from cgroupkit import Cgroup, cgroup, hierarchy_of, worker
 
 from conftest import PATIENCE
 from kernelkit import Heard, Turned, begin, burn, turned, want
@@ -97,29 +97,19 @@ class Owner:
         return [partition for partition in self.ended if cgroups.within(partition.path, group.path)]
 
 
-def identify(group: Cgroup) -> Partition:
-    return cgroups.identify(group.path)
-
-
-def worker(helper: MakeHelper, group: Cgroup) -> Any:
-    child = helper()
-    group.take(child.pid)
-    return child
-
-
 # Which there are
 
 
 def test_members_come_and_go(reactor: Turned, directories: Directories, group: Cgroup) -> None:
     owner = Owner()
-    before = identify(group.below("before"))
+    before = group.below("before").partition
     members = PartitionMembers(directories, owner)
     members.start()
-    assert {identify(group), before} <= set(owner.there)
+    assert {group.partition, before} <= set(owner.there)
     late = group.below("late")
     deeper = late.below("deeper")
     reactor.until(lambda: deeper.path in owner.paths())
-    gone = [identify(deeper), identify(late)]
+    gone = [deeper.partition, late.partition]
     deeper.remove()
     late.remove()
     reactor.until(lambda: len(owner.ended_below(group)) == 2)
@@ -176,12 +166,12 @@ def test_the_same_path_in_another_hierarchy_is_a_change(
     twin = Cgroup(hierarchy, group.path)
     twin.directory.mkdir()
     try:
-        reactor.until(lambda: owner.changes.count(identify(group)) == 1)
+        reactor.until(lambda: owner.changes.count(group.partition) == 1)
         below = twin.below("below")
         reactor.until(lambda: below.path in owner.paths())
     finally:
         twin.remove()
-    reactor.until(lambda: owner.changes.count(identify(group)) == 2)
+    reactor.until(lambda: owner.changes.count(group.partition) == 2)
     assert [one.path for one in owner.ended_below(group)] == [below.path]
     members.close()
 
@@ -205,9 +195,9 @@ def test_a_removal_is_told_once(reactor: Turned, directories: Directories, group
     told: list[str] = []
     one, other = group.below("one"), group.below("other")
     removals = Removals(directories)
-    removals.watch(identify(one), lambda: told.append("one"))
-    ends = [removals.watch(identify(other), lambda: told.append("other")) for _ in range(2)]
-    partition = identify(one)
+    removals.watch(one.partition, lambda: told.append("one"))
+    ends = [removals.watch(other.partition, lambda: told.append("other")) for _ in range(2)]
+    partition = one.partition
     one.remove()
     group.below("more")
     reactor.until(lambda: told)
@@ -231,13 +221,13 @@ def test_pressure_of_a_partition_rings_and_its_neighbour_is_silent(
     busy, calm = group.below("busy"), group.below("calm")
     worker(helper, calm)
     silent = Heard()
-    armed = psi.arm(want(CpuPressure(), identify(busy), "> 30% per 2s"), heard)
-    other = psi.arm(want(CpuPressure(), identify(calm), "> 30% per 2s"), silent)
+    armed = psi.arm(want(CpuPressure(), busy.partition, "> 30% per 2s"), heard)
+    other = psi.arm(want(CpuPressure(), calm.partition, "> 30% per 2s"), silent)
     assert (armed.source, armed.guarantee) == ("psi", Guarantee.EXACT)
     for _ in range((os.cpu_count() or 1) + 2):
         begin(worker(helper, busy), burn(2))
     reactor.until(lambda: heard.values()[-1] > 30)
-    assert {member for member, _value in heard.readings} == {identify(busy)}
+    assert {member for member, _value in heard.readings} == {busy.partition}
     assert len(silent.readings) == 1
     armed.disarm()
     other.disarm()
@@ -247,7 +237,7 @@ def test_pressure_of_a_removed_partition_is_gone(
     reactor: Turned, psi: PsiSource, group: Cgroup, heard: Heard
 ) -> None:
     below = group.below("below")
-    partition = identify(below)
+    partition = below.partition
     armed = psi.arm(want(CpuPressure(), partition, "> 90% per 2s"), heard)
     below.remove()
     reactor.until(lambda: heard.ended)
@@ -264,13 +254,13 @@ def test_pressure_of_each_partition(
     armed = psi.arm(want(CpuPressure(), Partitions(), "> 40% per 2s", each=True), heard)
     assert (armed.source, armed.guarantee, armed.period) == ("psi", Guarantee.EXACT, None)
     late = group.below("late")
-    reactor.until(lambda: heard.values(identify(late)))
+    reactor.until(lambda: heard.values(late.partition))
     for _ in range((os.cpu_count() or 1) + 2):
         begin(worker(helper, late), burn(2))
-    reactor.until(lambda: heard.values(identify(late))[-1] > 40)
-    assert heard.values(identify(group))[-1] > 0
-    assert max(heard.values(identify(calm))) == 0
-    partition = identify(late)
+    reactor.until(lambda: heard.values(late.partition)[-1] > 40)
+    assert heard.values(group.partition)[-1] > 0
+    assert max(heard.values(calm.partition)) == 0
+    partition = late.partition
     late.remove()
     reactor.until(lambda: partition in heard.ended)
     armed.disarm()
@@ -294,12 +284,12 @@ def test_cpu_time_of_a_partition_rings_and_its_neighbour_is_silent(
 ) -> None:
     busy, calm = group.below("busy"), group.below("calm")
     child, other = worker(helper, busy.below("deeper")), worker(helper, calm)
-    partition, silent = identify(busy), Heard()
+    partition, silent = busy.partition, Heard()
     if not counted_in_unified(partition):
         pytest.skip("CPU time is not counted in the unified hierarchy")
     level = consumed(partition) + 0.3
     armed = clock.arm(want(Cputime(), partition, f"{level}s"), heard)
-    twin = clock.arm(want(Cputime(), identify(calm), f"{consumed(identify(calm)) + 0.3}s"), silent)
+    twin = clock.arm(want(Cputime(), calm.partition, f"{consumed(calm.partition) + 0.3}s"), silent)
     assert (armed.source, armed.guarantee, armed.period) == ("cgroup-clock", Guarantee.EXACT, None)
     assert len(heard.readings) == len(silent.readings) == 1
     begin(other, burn(0.1))
@@ -320,7 +310,7 @@ def test_many_in_parallel_consume_together(
     reactor: Turned, clock: CgroupClockSource, group: Cgroup, heard: Heard, helper: MakeHelper
 ) -> None:
     children = [worker(helper, group.below(f"{number}")) for number in range(4)]
-    partition = identify(group)
+    partition = group.partition
     if not counted_in_unified(partition):
         pytest.skip("CPU time is not counted in the unified hierarchy")
     level = consumed(partition) + 0.6
@@ -336,9 +326,9 @@ def test_cpu_use_of_a_partition_rings_and_clears(
     reactor: Turned, clock: CgroupClockSource, group: Cgroup, heard: Heard, helper: MakeHelper
 ) -> None:
     child = worker(helper, group)
-    if not counted_in_unified(identify(group)):
+    if not counted_in_unified(group.partition):
         pytest.skip("CPU time is not counted in the unified hierarchy")
-    armed = clock.arm(want(Cpu(), identify(group), "20% per 1s"), heard)
+    armed = clock.arm(want(Cpu(), group.partition, "20% per 1s"), heard)
     reactor.quiet(0.5)
     assert len(heard.readings) == 1
     begin(child, burn(0.6))
@@ -355,7 +345,7 @@ def test_the_clock_of_a_removed_partition(
     reactor: Turned, clock: CgroupClockSource, group: Cgroup, heard: Heard
 ) -> None:
     below = group.below("below")
-    partition = identify(below)
+    partition = below.partition
     if not counted_in_unified(partition):
         pytest.skip("CPU time is not counted in the unified hierarchy")
     armed = clock.arm(want(Cputime(), partition, "100s"), heard)
@@ -371,14 +361,14 @@ def test_cpu_time_of_each_partition(
     reactor: Turned, clock: CgroupClockSource, group: Cgroup, heard: Heard, helper: MakeHelper
 ) -> None:
     calm = group.below("calm")
-    if not counted_in_unified(identify(calm)):
+    if not counted_in_unified(calm.partition):
         pytest.skip("CPU time is not counted in the unified hierarchy")
     armed = clock.arm(want(Cputime(), Partitions(), "1s", each=True), heard)
     late = group.below("late")
     begin(worker(helper, late), burn(1.2))
-    reactor.until(lambda: heard.values(identify(late)) and heard.values(identify(late))[-1] >= 1)
-    reactor.until(lambda: heard.values(identify(group))[-1] >= 1)
-    assert heard.values(identify(calm)) == [0.0]
+    reactor.until(lambda: heard.values(late.partition) and heard.values(late.partition)[-1] >= 1)
+    reactor.until(lambda: heard.values(group.partition)[-1] >= 1)
+    assert heard.values(calm.partition) == [0.0]
     armed.disarm()
 
 
@@ -388,15 +378,15 @@ def test_a_partition_that_the_clock_refuses_is_sampled(
     if hierarchy_of("cpuacct") is None:
         pytest.skip("no hierarchy of version 1")
     with cgroup() as kept, cgroup("cpuacct") as other:
-        assert counted_in_unified(identify(kept))
+        assert counted_in_unified(kept.partition)
         with pytest.raises(Refused, match="not counted in the unified hierarchy"):
-            clock.arm(want(Cputime(), identify(other), "1s"), heard)
+            clock.arm(want(Cputime(), other.partition, "1s"), heard)
         armed = clock.arm(want(Cputime(), Partitions(), "1s", each=True), heard)
         assert (armed.source, armed.guarantee) == ("cgroup-clock,sampled", Guarantee.SAMPLED)
         assert armed.period is not None
         begin(worker(helper, other), burn(1.2))
-        reactor.until(lambda: heard.values(identify(other))[-1] >= 1)
-        partition = identify(other)
+        reactor.until(lambda: heard.values(other.partition)[-1] >= 1)
+        partition = other.partition
         other.remove()
         reactor.until(lambda: partition in heard.ended)
         armed.disarm()
@@ -410,7 +400,7 @@ def test_cpus_come_and_go(
     if not os.access(event, os.W_OK):
         pytest.skip("the kernel takes no events here")
     child = worker(helper, group)
-    partition = identify(group)
+    partition = group.partition
     if not counted_in_unified(partition):
         pytest.skip("CPU time is not counted in the unified hierarchy")
     told: list[str] = []
@@ -442,7 +432,7 @@ def test_two_levels_do_not_disturb_each_other(
     reactor: Turned, clock: CgroupClockSource, group: Cgroup, helper: MakeHelper
 ) -> None:
     child = worker(helper, group.below("below"))
-    targets = identify(group), cgroups.identify(f"{group.path}/below")
+    targets = group.partition, cgroups.identify(f"{group.path}/below")
     if not counted_in_unified(targets[0]):
         pytest.skip("CPU time is not counted in the unified hierarchy")
     listeners = [Heard() for _ in range(4)]
@@ -466,20 +456,20 @@ def test_sampling_follows_partitions_that_come_and_go(
     armed = SamplingSource(reactor).arm(want(Fds(), Partitions(), "100000", each=True), heard)
     late = group.below("late")
     child = worker(helper, late)
-    reactor.until(lambda: heard.values(identify(late)))
+    reactor.until(lambda: heard.values(late.partition))
     child.open_files(100)
-    reactor.until(lambda: heard.values(identify(late))[-1] >= 100)
-    assert heard.values(identify(group))[-1] >= 100
-    partition = identify(late)
+    reactor.until(lambda: heard.values(late.partition)[-1] >= 100)
+    assert heard.values(group.partition)[-1] >= 100
+    partition = late.partition
     late.remove()
     reactor.until(lambda: partition in heard.ended)
-    assert identify(group) not in heard.ended
+    assert group.partition not in heard.ended
     armed.disarm()
 
 
 def test_a_sum_of_a_removed_partition_is_gone(reactor: Turned, group: Cgroup, heard: Heard) -> None:
     below = group.below("below")
-    target = Processes(identify(below))
+    target = Processes(below.partition)
     armed = SamplingSource(reactor).arm(want(Fds(), target, "100000"), heard)
     below.remove()
     reactor.until(lambda: heard.ended)
@@ -493,7 +483,7 @@ def test_a_sum_of_rates_counts_what_members_consumed_while_they_were_there(
     """One comes with much on its clock, one consumes and ends: neither makes a jump."""
     old, worked = helper(), worker(helper, group)
     old.do(burn(1.5))
-    armed = SamplingSource(reactor).arm(want(Cpu(), Processes(identify(group)), "1000% per 60s"), heard)
+    armed = SamplingSource(reactor).arm(want(Cpu(), Processes(group.partition), "1000% per 60s"), heard)
     group.take(old.pid)
     told = len(heard.readings)
     reactor.until(lambda: len(heard.readings) >= told + 2)
@@ -513,7 +503,7 @@ def test_a_member_that_moves_in_has_consumed_nothing_here(
     old = helper()
     old.do(burn(1.5))
     process = procfs.identify(old.pid)
-    armed = SamplingSource(reactor).arm(want(Cpu(), Processes(identify(group)), "50% per 60s", each=True), heard)
+    armed = SamplingSource(reactor).arm(want(Cpu(), Processes(group.partition), "50% per 60s", each=True), heard)
     group.take(old.pid)
     reactor.until(lambda: heard.values(process))
     assert max(heard.values(process)) < 1
@@ -552,37 +542,37 @@ def test_a_spike_between_two_looks_is_told_by_the_mark(
     reactor: Turned, heard: Heard, helper: MakeHelper, collected: bool
 ) -> None:
     with cgroup("pids") as group, cgroup("pids") as calm:
-        if Threads().peak(identify(group)) is None:
+        if Threads().peak(group.partition) is None:
             pytest.skip("this kernel keeps no pids.peak")
         child = worker(helper, group)
         worker(helper, calm)
-        target = Partitions() if collected else identify(group)
+        target = Partitions() if collected else group.partition
         armed = PeakSource(reactor).arm(want(Threads(), target, "20", each=collected), heard)
         assert armed.source == "highwater"
         reactor.quiet(0.5)
         spike_threads(child, 30)
-        reactor.until(lambda: max(heard.values(identify(group))) >= 20)
-        spike, after = heard.values(identify(group))[-2:]
+        reactor.until(lambda: max(heard.values(group.partition)) >= 20)
+        spike, after = heard.values(group.partition)[-2:]
         assert spike >= 30 > after
-        assert max(heard.values(identify(calm)), default=0) < 20
+        assert max(heard.values(calm.partition), default=0) < 20
         armed.disarm()
 
 
 def test_a_mark_that_was_past_the_level_tells_nothing(reactor: Turned, heard: Heard, helper: MakeHelper) -> None:
     with cgroup("pids") as group:
-        if Threads().peak(identify(group)) is None:
+        if Threads().peak(group.partition) is None:
             pytest.skip("this kernel keeps no pids.peak")
         spike_threads(worker(helper, group), 30)
-        armed = PeakSource(reactor).arm(want(Threads(), identify(group), "20"), heard)
+        armed = PeakSource(reactor).arm(want(Threads(), group.partition, "20"), heard)
         assert armed.guarantee is Guarantee.SAMPLED
         armed.disarm()
-        armed = PeakSource(reactor).arm(want(Threads(), identify(group), "50"), heard)
+        armed = PeakSource(reactor).arm(want(Threads(), group.partition, "50"), heard)
         assert armed.guarantee is Guarantee.PEAK
         armed.disarm()
 
 
 def test_without_a_mark_it_is_refused(reactor: Turned, group: Cgroup, heard: Heard) -> None:
-    partition = identify(group)
+    partition = group.partition
     if Memory().peak(partition) is not None:
         pytest.skip("there is one")
     with pytest.raises(Refused, match="keeps no high-water mark"):
@@ -592,7 +582,7 @@ def test_without_a_mark_it_is_refused(reactor: Turned, group: Cgroup, heard: Hea
 def test_a_process_that_spikes_before_it_is_first_seen(
     reactor: Turned, group: Cgroup, heard: Heard, helper: MakeHelper
 ) -> None:
-    target = Processes(identify(group))
+    target = Processes(group.partition)
     armed = PeakSource(reactor).arm(want(Memory(), target, "80M", each=True), heard)
     assert armed.guarantee is Guarantee.PEAK
     child = helper()

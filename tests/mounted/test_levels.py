@@ -1,7 +1,7 @@
 """Every level, each and sum: thresholds that nothing else crosses, on a real mount with real processes.
 
-Each threshold has its silent twin: all come to one below, which another level or mode would hear; then one goes the
-last step.
+Each threshold has its silent twin: all come to one below, which another level or mode would hear; then one goes
+the last step.
 """
 
 import contextlib
@@ -108,7 +108,8 @@ workers = {name: Worker(name) for name in ('first', 'second')}
         return int(ran) / 1e9
 
     def take(self, which: int, amount: float) -> None:
-        self.child.do(f"workers[{self.names[which]!r}].burn({amount})")
+        # A little more: what is read is rounded.
+        self.child.do(f"workers[{self.names[which]!r}].burn({1.1 * amount})")
 
     def single(self) -> Pair:
         return Clocks(self.child, self.names[0], self.names[0])
@@ -150,9 +151,9 @@ def world(limits: Mount, helper: Make, apart: bool = False) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def watcher(limits: Mount, path: str, mode: str) -> Iterator[str]:
+def watcher(limits: Mount, path: str, mode: str, name: str = "level") -> Iterator[str]:
     """A further watcher, which takes its alarms with it."""
-    made = f"{path}/level"
+    made = f"{path}/{name}"
     os.mkdir(limits / made)
     try:
         if (limits / made / "mode").exists():
@@ -273,7 +274,7 @@ def _names(line: dict[str, str], case: Case, there: World, pair: Pair) -> None:
 
 # What the kernel keeps for a partition
 
-MEMORY = "held.append(bytearray(b'x' * ({} << 20)))"
+MEMORY = "held.append(bytearray(b'x') * ({} << 20))"
 SLEEPERS = "[threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start() for _ in range({})]"
 BURN = "workers['first'].burn({})"
 
@@ -325,36 +326,40 @@ def test_the_kernel_s_own_number(limits: Mount, helper: Make, kept: Kept) -> Non
             assert "pid" not in line
 
 
-@pytest.mark.parametrize("resource", ["threads", "processes"])
-def test_each_partition_of_several(limits: Mount, helper: Make, resource: str) -> None:
-    """Numbers of the kernel's, or sums, of the one partition that has more than all others."""
-    with (
-        cgroup("pids", name="one") as one,
-        cgroup("pids", name="two") as two,
-        watcher(limits, f"partition/{resource}", "each") as armed,
-    ):
-        level = int(limits.read(f"partition/{resource}/top").split(maxsplit=1)[0]) + 50
+ADD = {
+    "threads": SLEEPERS,
+    "processes": "held += [os.fork() or time.sleep(1e6) for _ in range({})]",
+    "fds": "held += [os.dup(0) for _ in range({})]",
+}
+
+
+@pytest.mark.parametrize("resource", ADD)
+def test_each_partition_of_one_hierarchy(limits: Mount, helper: Make, resource: str) -> None:
+    """Where hierarchies stand side by side, also of those that the hooks know nothing of."""
+    with contextlib.ExitStack() as stack:
+        partitions = [stack.enter_context(cgroup("pids", name=name)) for name in ("one", "two")]
         children = [helper(), helper()]
-        one.take(children[0].pid)
-        two.take(children[1].pid)
+        for partition, child in zip(partitions, children, strict=True):
+            partition.take(child.pid)
+        path = f"partition/{resource}"
+        armed = stack.enter_context(watcher(limits, path, "each"))
+        level = 50  # which others may have long since: they are other members
         limits.write(f"{armed}/threshold", str(level))
-        add = {
-            "threads": SLEEPERS,
-            "processes": "held += [os.fork() or time.sleep(1e6) for _ in range({})]",
-        }[resource]
-        try:
+        if resource == "processes":
             for child in children:
-                child.do(add.format(level - 2))  # one less, with itself
-            time.sleep(QUIET)
-            assert [line for line in alarm_lines(limits, armed) if line["partition"] in (one.path, two.path)] == []
-            children[0].do(add.format(1))
-            mine = lambda: [line for line in alarm_lines(limits, armed) if line["partition"] == one.path]  # noqa: E731
-            limits.wait_for(mine)
-            assert len(mine()) == 1
-        finally:
-            for child in children:
-                if resource == "processes":
-                    child.do("[(os.kill(pid, 9), os.waitpid(pid, 0)) for pid in held]")
+                stack.callback(child.do, "[(os.kill(pid, 9), os.waitpid(pid, 0)) for pid in held]")
+        for partition, child in zip(partitions, children, strict=True):
+            child.do(ADD[resource].format(level - 1 - int(limits.read(f"{partition.tree}/{resource}/usage"))))
+
+        def rang() -> list[str]:
+            paths = [line["partition"] for line in alarm_lines(limits, armed)]
+            return [path for path in paths if path in [partition.path for partition in partitions]]
+
+        time.sleep(2 * QUIET)
+        assert rang() == []
+        children[0].do(ADD[resource].format(1))
+        limits.wait_for(rang)
+        assert rang() == [partitions[0].path]
 
 
 # Several at once
@@ -402,11 +407,8 @@ def test_several_levels_at_once(limits: Mount, helper: Make) -> None:
         }
         attached: set[tuple[str, ...]] = set()
         for name, (path, mode, level, _times) in placed.items():
-            os.mkdir(limits / path / name)
-            stack.callback(os.rmdir, limits / path / name)
-            if mode not in limits.read(f"{path}/{name}/mode").split("[")[1]:
-                limits.write(f"{path}/{name}/mode", mode)
-            limits.write(f"{path}/{name}/threshold", str(level))
+            armed = stack.enter_context(watcher(limits, path, mode, name))
+            limits.write(f"{armed}/threshold", str(level))
             attached.add(tuple(hooks_of(limits)))
         assert attached != {()}
         assert len(attached) == 1, "one watcher more attaches nothing more"

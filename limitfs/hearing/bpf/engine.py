@@ -157,6 +157,8 @@ class Engine:
         self._ids = itertools.count(1)
         self._clients: dict[int, Client] = {}
         self._configs: dict[int, tuple[int, list[Watch]]] = {}
+        # How many scopes have the hooks look for what: thousands may be watched, and each is counted once.
+        self._breadths: Counter[Wide] = Counter()
         self._dropped = 0
 
     # What works here
@@ -384,6 +386,7 @@ class Engine:
     def _store(self, scope: int, start: int, watches: list[Watch]) -> None:
         assert self._object is not None
         configs = self._object.map("configs")
+        _start, before = self._configs.get(scope, (None, []))
         if watches:
             config = Config(start=start, count=len(watches))
             config.watches[: len(watches)] = watches
@@ -395,16 +398,16 @@ class Engine:
         else:
             self._configs.pop(scope, None)
             configs.delete(ctypes.c_uint64(scope))
+        self._breadths[_breadth(scope, before)] -= 1
+        self._breadths[_breadth(scope, watches)] += 1
         self._set_wide()
 
     def _set_wide(self) -> None:
         """What the hooks look for beyond single processes."""
         wide = Wide(0)
-        for scope, (_start, watches) in self._configs.items():
-            if scope == EVERY_CGROUP:
-                wide |= Wide.TOTALS
-            elif scope < GROUP and not all(watch.flags & Flag.SUM for watch in watches):
-                wide |= Wide.EVERY if scope == EVERY else Wide.CGROUPS
+        for breadth, scopes in self._breadths.items():
+            if scopes:
+                wide |= breadth
         if self._groups:
             wide |= Wide.GROUPS
         if any(self._sums.values()):
@@ -701,6 +704,15 @@ def _guarded(call: Callable[[], object]) -> None:
 def own_member(watch: Watch, scope: int, start: int) -> Member:
     """The only member of a watch on one process, or on one total."""
     return Member(watch.id, 0, scope) if watch.flags & Flag.SUM else Member(watch.id, scope & NO_WATCH, start)
+
+
+def _breadth(scope: int, watches: list[Watch]) -> Wide:
+    """What the hooks look for because of these watches."""
+    if scope == EVERY_CGROUP and watches:
+        return Wide.TOTALS
+    if scope < GROUP and not all(watch.flags & Flag.SUM for watch in watches):
+        return Wide.EVERY if scope == EVERY else Wide.CGROUPS
+    return Wide(0)
 
 
 def _is_single(watch: Watch, scope: int) -> bool:

@@ -28,7 +28,7 @@
 /* Other processors may turn a state between measuring and turning. */
 #define ROUNDS 64
 #define TOTAL_ROUNDS 8
-#define SHARE_ROUNDS 8
+#define SHARE_ROUNDS 4
 
 /* The tree of cgroups is never deeper; scopes are the first LIMITFS_DEPTH. */
 #define DEEPEST 256
@@ -420,7 +420,11 @@ static __always_inline struct container *container_of_task(struct task_struct *t
 
 static __always_inline __u64 scope_in(const struct container *c, __u32 level)
 {
-	return c && level < LIMITFS_DEPTH && level < c->count ? c->scopes[level] : 0;
+	if (!c || level >= LIMITFS_DEPTH || level >= c->count)
+		return 0;
+	/* Masked for verifiers before 6.2. */
+	barrier_var(level);
+	return c->scopes[level % LIMITFS_DEPTH];
 }
 
 static __always_inline const struct container *container_by(__u32 key)
@@ -517,7 +521,8 @@ __noinline __u64 scope_of(__u32 index, __u32 tgid, const struct container *c, co
 	index -= SCOPE_GROUPS;
 	if (!m || index >= LIMITFS_GROUPS)
 		return 0;
-	group = *(volatile const __u32 *)&m->groups[index];
+	barrier_var(index);
+	group = *(volatile const __u32 *)&m->groups[index % LIMITFS_GROUPS];
 	return group ? LIMITFS_GROUP | group : 0;
 }
 
@@ -763,6 +768,12 @@ __noinline int exchange(__u64 *share, const struct share *key, __u64 task, __u64
 	return where ? CHANGED : CHANGED | NOWHERE;
 }
 
+/* Not static: see above. */
+__noinline int find_container(__u64 owner)
+{
+	return !!container_of_task((struct task_struct *)owner);
+}
+
 #define KINDS (LAST_KIND - FIRST_KIND + 1)
 
 /* One share: of one kind, in its cgroup (first) or in one of its groups. */
@@ -782,7 +793,9 @@ static long keep(__u32 index, struct keeping *k)
 	if (slot) {
 		if (!k->membership)
 			return 1;
-		key.group = *(volatile const __u32 *)&k->membership->groups[slot - 1];
+		slot--;
+		barrier_var(slot);
+		key.group = *(volatile const __u32 *)&k->membership->groups[slot % LIMITFS_GROUPS];
 		if (!key.group)
 			return 0;
 	}
@@ -797,11 +810,16 @@ static long keep(__u32 index, struct keeping *k)
 			return 0;
 		}
 	}
-	/* Again where it changed: another processor may have put in a newer value meanwhile. */
+	/*
+	 * Again where it changed: another processor may have put in a newer
+	 * value meanwhile. Unrolled, as verifiers before 6.2 take no loop that
+	 * is entered in its middle, which is how the compiler makes this one.
+	 */
+#pragma unroll
 	for (i = 0; i < SHARE_ROUNDS; i++) {
 		done = exchange(share, &key, k->task, k->owner, kind + k->how * LIMITFS_KINDS);
 		if (done & UNKNOWN)
-			container_of_task((struct task_struct *)k->owner);
+			find_container(k->owner);
 		else if (!(done & CHANGED))
 			break;
 	}
@@ -1190,10 +1208,11 @@ int BPF_PROG(cgroup_mkdir, struct cgroup *cgroup)
 /* No more than there are numbers: PID_MAX_LIMIT. */
 #define NUMBERS (1 << 22)
 
-/* Addresses of task_structs. */
+/* Addresses of task_structs; volatile, as the stack of `visit` has no room for them. */
 struct visiting {
 	__u64 first;
-	__u64 at;
+	volatile __u64 at;
+	volatile __u64 thread;
 };
 
 struct searching {
@@ -1226,22 +1245,34 @@ __noinline __u64 living_thread(__u64 process)
 	return s.found;
 }
 
+/* Whether that is the process that `look_at` is for. */
+__noinline int is_sought(__u64 process)
+{
+	struct task_struct *task = (struct task_struct *)process;
+	__u32 tgid = BPF_CORE_READ(task, tgid);
+
+	if (!tgid || is_last(task))
+		return 0;
+	return !control.pid || (control.pid == tgid && control.start == start_of(task));
+}
+
 /* 1 ends the loop. */
 static long visit(__u32 index, struct visiting *v)
 {
 	struct task_struct *at = (struct task_struct *)v->at;
-	__u32 tgid = BPF_CORE_READ(at, tgid), only = control.pid;
-	__u64 process = v->at, thread;
 
-	v->at = (__u64)BPF_CORE_READ(at, tasks.next) - bpf_core_field_offset(struct task_struct, tasks);
-	if (!tgid || (only && (only != tgid || control.start != start_of(at))))
-		return v->at == v->first;
-	thread = living_thread(process);
-	if (thread && !is_last(at)) {
-		control.seen++;
-		look_as(thread, process, tgid, control.plant);
+	if (is_sought(v->at)) {
+		v->thread = living_thread(v->at);
+		if (v->thread) {
+			control.seen++;
+			look_as(v->thread, v->at, BPF_CORE_READ(at, tgid), control.plant);
+		}
+		if (control.pid)
+			return 1;
 	}
-	return only || v->at == v->first;
+	at = (struct task_struct *)v->at;
+	v->at = (__u64)BPF_CORE_READ(at, tasks.next) - bpf_core_field_offset(struct task_struct, tasks);
+	return v->at == v->first;
 }
 
 /*

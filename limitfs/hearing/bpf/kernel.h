@@ -169,11 +169,11 @@ struct pt_regs {
 
 /*
  * A counter of an mm_struct that the verifier knows, without what each
- * processor keeps for itself.
+ * processor keeps for itself. The atomics of old are none that it lets follow.
  */
 #define COMMON(mm, which)									\
 	(bpf_core_type_exists(struct mm_rss_stat) ?						\
-		((struct mm_struct___atomic *)(mm))->rss_stat.count[which].counter :		\
+		BPF_CORE_READ((struct mm_struct___atomic *)(mm), rss_stat.count[which].counter) :	\
 		(mm)->rss_stat[which].count)
 
 /* The same where its address is a number to the verifier. */

@@ -35,8 +35,9 @@ from limitfs.hearing.bpf.layout import (
     alarms,
 )
 from limitfs.hearing.bpf.libbpf import BpfError, Object
+from limitfs.hearing.eachpartition import EachArmed, EachPartition
 from limitfs.hearing.reactor import Reactor
-from limitfs.hearing.source import Guarantee, Listener, Refused, Want, Witness
+from limitfs.hearing.source import Armed, Guarantee, Listener, Refused, Want, Witness
 from limitfs.resources import cgroups, procfs
 from limitfs.resources.model import (
     Group,
@@ -384,6 +385,39 @@ class _Armed:
         return ((member, state) for member, state in self._engine.states() if member.watch in ids)
 
 
+class _EveryPartition:
+    """Each partition: by the hooks, or in another way where these cannot tell who is in it."""
+
+    def __init__(self, hooked: _Armed, rest: EachArmed) -> None:
+        self._hooked = hooked
+        self._rest = rest
+
+    @property
+    def source(self) -> str:
+        """The hooks', and of the rest, if there is one."""
+        return f"{self._hooked.source},{self._rest.source}" if self._rest else self._hooked.source
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """Of the partition that is heard least surely."""
+        return self._rest.guarantee if self._rest else self._hooked.guarantee
+
+    @property
+    def period(self) -> float | None:
+        """The shortest of the rest."""
+        return self._rest.period
+
+    def disarm(self) -> None:
+        """Disarm both."""
+        self._rest.disarm()
+        self._hooked.disarm()
+
+
+def _is_told(partition: Partition) -> bool:
+    """Whether the hooks can tell who is in a partition."""
+    return cgroups.unified_id(partition) is not None and partition.path.count("/") < DEPTH
+
+
 def _common_levels(want: Want) -> tuple[float, float]:
     """(level, clear) for processes in general; those in shares of a limit are looked up by the kernel."""
     amounts = (want.condition.amount, want.condition.clear)
@@ -406,6 +440,7 @@ class _BpfSource:
     Args:
         reactor: calls when something crossed.
         directory: where the objects are; tests pass their own.
+        each: hears each partition of which the hooks cannot tell who is in it; without it, nobody does.
     """
 
     name: ClassVar[str] = "bpf"
@@ -417,7 +452,8 @@ class _BpfSource:
     _totals: ClassVar[frozenset[str]] = frozenset()
     """Of which the total of each partition is heard: what the kernel keeps for none of them."""
 
-    def __init__(self, reactor: Reactor, directory: Path | None = None) -> None:
+    def __init__(self, reactor: Reactor, directory: Path | None = None, each: EachPartition | None = None) -> None:
+        self._each = each
         self.engine = Engine(reactor, self._object, self._ways, directory or Path(__file__).parent)
 
     def missing(self) -> str | None:
@@ -441,7 +477,7 @@ class _BpfSource:
                 return each and resource.name in self._totals
         return False
 
-    def arm(self, want: Want, listener: Listener) -> _Armed:
+    def arm(self, want: Want, listener: Listener) -> Armed:
         """Attach the hooks, unless they are, and judge the present.
 
         Raises:
@@ -452,7 +488,14 @@ class _BpfSource:
         """
         if self.missing() is not None:
             raise Refused(f"{self.missing()}")
-        return _Armed(self.engine, want, listener, self._scales[want.resource.name], self._place(want))
+        hooked = _Armed(self.engine, want, listener, self._scales[want.resource.name], self._place(want))
+        if self._each is None or not isinstance(want.target, Partitions):
+            return hooked
+        try:
+            return _EveryPartition(hooked, self._each.arm_rest(_is_told, want, listener))
+        except BaseException:
+            hooked.disarm()
+            raise
 
     def _place(self, want: Want) -> _Place:
         match want.target:
