@@ -188,7 +188,7 @@ def _serve(mountpoint: str, options: "Options", ready: Callable[[], None]) -> in
 
 def _serve_here(mountpoint: str, options: "Options") -> int:
     # The watchdog of a service manager sends SIGABRT: show where it hangs.
-    faulthandler.enable()
+    faulthandler.enable(2)
     try:
         return _serve(mountpoint, options, lambda: _log.info("mounted at %s", mountpoint))
     except Exception as error:

@@ -12,6 +12,7 @@ one after the other. Needs root and gcc.
 import argparse
 import contextlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=20, help="to count wake-ups in, about")
     parser.add_argument("--resource", choices=NEVER, default="fds")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what was made would stay
     for way in chosen.ways:
         for size in chosen.sizes:
             with tempfile.TemporaryDirectory() as name:

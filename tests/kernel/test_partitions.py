@@ -334,6 +334,7 @@ def test_cpu_use_of_a_partition_rings_and_clears(
     begin(child, burn(0.6))
     reactor.until(lambda: heard.values()[-1] >= 20)
     reactor.until(lambda: heard.values()[-1] < 20)
+    reactor.quiet(1.0)  # until nothing of it is in the window
     begin(child, burn(0.01))
     told = len(heard.readings)
     reactor.quiet(0.5)

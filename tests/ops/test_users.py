@@ -17,6 +17,12 @@ def test_a_refusal_is_one_line_whatever_was_written(path: str, written: str) -> 
     assert shown.encode().endswith(b" it is wrong; this would be right\n")
 
 
+def test_a_picture_stands_for_what_was_written() -> None:
+    errors = LastErrors()
+    errors.refused(1, "group/web/select", "comm < 5", Invalid("it is text", picture="    comm < 5\n         ^"))
+    assert errors.show(1) == "group/web/select: it is text\n    comm < 5\n         ^\n"
+
+
 def test_newest_last_and_so_many() -> None:
     errors = LastErrors()
     for number in range(KEPT_ERRORS + 5):
