@@ -22,6 +22,8 @@ from typing import NoReturn
 
 FSTYPE = "fuse.limitfs"
 READY = b"\0"
+START_PATIENCE = 300.0
+"""Seconds for a daemon to get ready: a machine that is too busy, or emulated, takes minutes to load the hooks."""
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +204,7 @@ def facts(mountpoint: str) -> dict[str, str]:
 # --- starting
 
 
-def launch(serve: Callable[[Callable[[], None]], int], patience: float = 60.0) -> str:
+def launch(serve: Callable[[Callable[[], None]], int], patience: float = START_PATIENCE) -> str:
     """Run `serve` as a daemon, and return once it has called its `ready`.
 
     Until then the daemon's standard error comes here, so that what libfuse and its helper print is not lost;

@@ -23,6 +23,9 @@ Make = Callable[..., Helper]
 NOISE = min(6_000, EXCURSIONS)
 """Descriptors that others on this machine may open or close meanwhile; an emulated one is ours alone."""
 
+FAR = 2_000
+"""Descriptors that few others on this machine have."""
+
 MANY = min(500, EXCURSIONS // 8)
 
 QUIET = 0.7
@@ -232,12 +235,11 @@ def test_one_below_is_silent_and_then_it_rings(limits: Mount, helper: Make, case
     with world(limits, helper, apart=case.path == "partition/") as there:
         pair = there.pair(case.resource)
         path = there.path(case.path, pair) + case.resource
-        noise = NOISE if case.shared else 0
         with watcher(limits, path, case.mode) as armed:
             if case.mode == "each":
-                last = _both_nearly(limits, path, armed, pair, case.shared, noise)
+                last = _both_nearly(limits, armed, pair, FAR if case.shared else 4 * pair.least)
             else:
-                last = _together_nearly(limits, path, armed, pair, case.single, noise)
+                last = _together_nearly(limits, path, armed, pair, case.single, NOISE if case.shared else 0)
 
             def rang() -> Lines:
                 return [line for line in alarm_lines(limits, armed) if there.concerned(line, case)]
@@ -253,10 +255,9 @@ def test_one_below_is_silent_and_then_it_rings(limits: Mount, helper: Make, case
                 assert alarms(limits, armed) == 1
 
 
-def _both_nearly(limits: Mount, path: str, armed: str, pair: Pair, shared: bool, noise: int) -> float:
+def _both_nearly(limits: Mount, armed: str, pair: Pair, more: float) -> float:
     """Each of them comes to one below, so that their sum is far beyond; returns what is missing."""
-    most = float(limits.read(f"{path}/top").split(maxsplit=1)[0]) if shared else max(pair.use(0), pair.use(1))
-    level = most + noise + 4 * pair.least
+    level = max(pair.use(0), pair.use(1)) + more
     limits.write(f"{armed}/threshold", str(level))
     for which in (0, 1):
         pair.take(which, level - pair.use(which) - pair.least)
