@@ -391,11 +391,38 @@ def test_born_into_another_cgroup(tree: Tree, reactor: Turned, tasks: BpfTasks, 
     assert tasks.engine.total(Kind.PROCESSES, scope(there)) == 3
     assert heard[here].total == 0
     assert heard[there].total == 1
-    child.do("[os.kill(pid, 9) for pid in born]; [os.waitpid(pid, 0) for pid in born]")
+    child.do("[os.kill(pid, 9) or os.waitpid(pid, 0) for pid in born]")
     settle(reactor)
     for one in armed:
         one.disarm()
     assert heard[there].values()[-1] == 1
+
+
+def test_a_table_that_processes_share_counts_for_each(
+    tree: Tree, reactor: Turned, source: BpfFds, helper: MakeHelper
+) -> None:
+    """CLONE_FILES without CLONE_THREAD, see clone(2), while both open and close."""
+    partition = tree.make("a")
+    child = helper(
+        "import ctypes\n"
+        "def work(count):\n"
+        "    for _ in range(count): os.close(os.dup(0))\n"
+        "def share():\n"
+        "    arguments = (ctypes.c_uint64 * 11)(0x400, 0, 0, 0, 17)\n"
+        "    return ctypes.CDLL(None).syscall(435, arguments, 88) or work(20000) or time.sleep(1000)"
+    )
+    tree.put(child.pid, partition)
+    armed = source.arm(want(FDS, Processes(partition), ">= 1000000"), Alarmed())
+    child.do("born = share()")
+    for _ in range(20):
+        child.do("work(500)")
+        assert len(cgroups.pids(partition)) == 2
+    reactor.until(lambda: agrees(source, Kind.FDS, FDS, partition))
+    child.open_files(10)
+    assert agrees(source, Kind.FDS, FDS, partition)
+    child.do("os.kill(born, 9); os.waitpid(born, 0)")
+    reactor.until(lambda: agrees(source, Kind.FDS, FDS, partition))
+    armed.disarm()
 
 
 def test_zombies_do_not_count_as_processes(

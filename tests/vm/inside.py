@@ -59,12 +59,13 @@ def test_descriptors_are_hooked_in_the_way_of_the_variant() -> None:
     kprobes = any("@" in program for program in programs)
     assert (hooks.name, kprobes) == {
         "stock": ("fd_install", False),
+        "full": ("fd_install", False),
         "kprobe": ("fd_install", True),
         "sysexit": ("sys_exit", False),
     }[VARIANT]
 
 
-@pytest.mark.skipif(VARIANT != "stock", reason="not stock")
+@pytest.mark.skipif(VARIANT not in ("stock", "full"), reason="not stock")
 def test_everything_is_heard_exactly(limits: Mount) -> None:
     for resource in ("fds", "memory", "shared", "swap", "threads", "cpu"):
         assert feature(limits, resource)[1] == "exact", resource

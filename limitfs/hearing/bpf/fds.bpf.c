@@ -128,6 +128,13 @@ static __always_inline void bounds(struct task_struct *task, __u32 kind, struct 
 		r->high = t.words * WORD_BITS;
 }
 
+static __always_inline bool is_alone(void)
+{
+	struct files_struct *files = bpf_get_current_task_btf()->files;
+
+	return files && files->count.counter == 1;
+}
+
 /* Through all processes. */
 struct walk {
 	struct files_struct *files;	/* of whoever has this table */

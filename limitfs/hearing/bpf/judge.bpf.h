@@ -110,6 +110,7 @@ struct subject {
 
 static __always_inline __s64 measure(struct task_struct *task, __u32 kind);
 static __always_inline void bounds(struct task_struct *task, __u32 kind, struct range *r);
+static __always_inline bool is_alone(void);
 
 /*
  * Nearly every event is about the current task, whose pointers can be followed
@@ -759,11 +760,8 @@ __noinline int exchange(__u64 *share, const struct share *key, __u64 task, __u64
 		s.before = container_by(before >> 32);
 	}
 	bpf_loop(rounds, change_level, &s, 0);
-	/*
-	 * Nobody else can have changed it meanwhile: there is no other thread,
-	 * and who moves it looks himself.
-	 */
-	if (live == 1 && before >> 32 == where && is_current(owner))
+	/* Nobody else can have changed it meanwhile, and who moves it looks himself. */
+	if (live == 1 && before >> 32 == where && is_current(owner) && is_alone())
 		return 0;
 	return where ? CHANGED : CHANGED | NOWHERE;
 }

@@ -169,6 +169,11 @@ static __always_inline void bounds(struct task_struct *task, __u32 kind, struct 
 	r->high = positive(about + margin);
 }
 
+static __always_inline bool is_alone(void)
+{
+	return true;
+}
+
 SEC("?tp_btf/rss_stat")
 int BPF_PROG(rss_stat, struct mm_struct *mm)
 {
