@@ -1,5 +1,6 @@
 """Sums are what a fresh count gives, after every step, whatever processes do: open, fork, execute, move, exit."""
 
+import mmap
 import os
 import signal
 from collections.abc import Iterator
@@ -19,10 +20,13 @@ from hypothesis.stateful import (
 )
 
 from conftest import Helper, Mount, mounted
+from limitfs.resources import cgroups, memory
 
 STEPS = int(os.environ.get("LIMITFS_STEPS", 25))
 EXAMPLES = int(os.environ.get("LIMITFS_EXAMPLES", 8))
 RESOURCES = ("fds", "threads", "processes")
+BATCH = 4 * 64 * (os.cpu_count() or 1) * mmap.PAGESIZE
+"""Bytes of a process that the kernel may not have added up yet; lib/percpu_counter.c."""
 MOST = 12
 """Workers and their children at a time."""
 
@@ -49,6 +53,13 @@ def fresh(pids: list[int]) -> dict[str, int]:
         "threads": sum(listed(f"/proc/{pid}/task") for pid in pids),
         "processes": len(pids),
     }
+
+
+def resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +120,11 @@ class Trees(RuleBasedStateMachine):
         self.workers[which % len(self.workers)].do(f"[os.close(held.pop()) for _ in held[:{count}]]")
 
     @precondition(lambda self: self.workers)
+    @rule(which=st.integers(0, MOST), megabytes=st.integers(1, 16))
+    def touch(self, which: int, megabytes: int) -> None:
+        self.workers[which % len(self.workers)].do(f"held_memory = bytearray(b'x' * ({megabytes} << 20))")
+
+    @precondition(lambda self: self.workers)
     @rule(which=st.integers(0, MOST))
     def thread(self, which: int) -> None:
         self.workers[which % len(self.workers)].do(
@@ -149,6 +165,18 @@ class Trees(RuleBasedStateMachine):
         for group in self.groups:
             for resource in RESOURCES:
                 self.limits.wait_for(lambda: self._agree(group, resource))  # noqa: B023
+
+    @invariant()
+    def memory_is_exact_but_for_batches(self) -> None:
+        """Where no controller counts it, it is the sum; the kernel keeps some pages apart on each processor."""
+        for group in self.groups:
+            if not cgroups.has(group.partition, memory.USAGE):
+                self.limits.wait_for(lambda: self._about_the_same(group))  # noqa: B023
+
+    def _about_the_same(self, group: Cgroup) -> bool:
+        pids = members(group)
+        told = int(self.limits.read(f"{group.tree}/memory/usage"))
+        return abs(told - sum(map(resident, pids))) <= BATCH * len(pids)
 
     def _agree(self, group: Cgroup, resource: str) -> bool:
         path = f"{group.tree}/{resource}"
