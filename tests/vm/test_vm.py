@@ -1,4 +1,4 @@
-"""The kernel-facing tests under stock kernels. Minutes: `-m "not vm"` leaves them out; see README.md."""
+"""The kernel-facing tests under stock kernels. Minutes, run by `-m vm`; see README.md."""
 
 import collections
 import subprocess
