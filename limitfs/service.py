@@ -5,6 +5,7 @@ a service manager nothing is told.
 """
 
 import contextlib
+import faulthandler
 import logging
 import os
 import socket
@@ -13,6 +14,9 @@ from collections.abc import Callable, Mapping
 import trio
 
 log = logging.getLogger(__name__)
+
+_HANGS = 1.7
+"""Intervals without an answer until the daemon ends itself; at two the service manager would."""
 
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
@@ -59,7 +63,8 @@ async def attend(mountpoint: str, status: Callable[[], str]) -> None:
     """Tell the service manager that the mount answers, and go on telling for as long as it does.
 
     The question takes the way of every client: through the kernel, the event loop and a handler. Whichever of them
-    hangs, the sign of life fails to come.
+    hangs, the sign of life fails to come. Then this process ends itself, saying where it hangs, before the service
+    manager would: systemd may be a client, too (process 1 looks up the path of a path unit), and wait for us.
 
     Args:
         mountpoint: what is asked.
@@ -75,11 +80,14 @@ async def attend(mountpoint: str, status: Callable[[], str]) -> None:
     manager.tell("READY=1", f"STATUS={status()}")
     try:
         while manager.interval is not None:
+            # A thread of C: it needs neither the event loop nor the interpreter.
+            faulthandler.dump_traceback_later(manager.interval * _HANGS, exit=True)
             await trio.sleep(manager.interval)
             await _answer(mountpoint)
             manager.tell("WATCHDOG=1", f"STATUS={status()}")
         await trio.sleep_forever()
     finally:
+        faulthandler.cancel_dump_traceback_later()
         manager.tell("STOPPING=1")
 
 

@@ -4,6 +4,7 @@ Reports in the Test Anything Protocol; the checks run in the order in which they
 """
 
 import contextlib
+import ctypes
 import difflib
 import doctest
 import os
@@ -22,6 +23,8 @@ PATIENCE = 900.0
 """Seconds for what must happen; an emulated machine is slow."""
 
 MANUAL = Path("/root/boot.md").read_text()
+
+PTRACE_ATTACH = 16
 
 CHECKS: list[Callable[[], None]] = []
 
@@ -145,12 +148,17 @@ def the_rules_are_armed() -> None:
     armed()
 
 
+def features(root: Path) -> list[str]:
+    """Without what each daemon measured for itself."""
+    return re.sub(r": \d+ ns here", "", (root / "features").read_text()).splitlines()
+
+
 @check
 def the_sandbox_takes_nothing_away() -> None:
     with tempfile.TemporaryDirectory() as free:
         run("systemd-run", "--unit=free", "--property=Type=notify", "limitfs", "mount", "--foreground", free)
         try:
-            boxed, unboxed = read("features").splitlines(), Path(free, "features").read_text().splitlines()
+            boxed, unboxed = features(LIMITS), features(Path(free))
             assert boxed == unboxed, "\n".join(difflib.unified_diff(unboxed, boxed, lineterm="", n=0))
         finally:
             run("systemctl", "stop", "free")
@@ -241,11 +249,12 @@ def it_comes_back_after_a_sigkill() -> None:
 @check
 def one_that_hangs_is_replaced() -> None:
     old = daemon()
-    os.kill(old, signal.SIGSTOP)
-    wait_for(lambda: restarted(old), "the watchdog replaces it")
-    said = journal("limitfs.service")
-    assert "Watchdog timeout" in said
-    assert "most recent call first" in said, "a trace of where it hangs"
+    # Stops the thread of the event loop alone. A path unit may have process 1 look at the mount just now.
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    assert libc.ptrace(PTRACE_ATTACH, old, None, None) == 0, os.strerror(ctypes.get_errno())
+    wait_for(lambda: restarted(old), "it ends itself, and is started again")
+    assert "most recent call first" in journal("limitfs.service"), "a trace of where it hangs"
     armed()
 
 
