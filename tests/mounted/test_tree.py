@@ -2,10 +2,11 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from cgroupkit import Cgroup, cgroup
 
 from conftest import Helper, Mount
 from limitfs.resources import RESOURCES
@@ -16,6 +17,9 @@ Make = Callable[..., Helper]
 
 LEVELS: dict[str, Level] = {
     "system": Level.SYSTEM,
+    "partition": Level.PARTITION,
+    "partition/CGROUP": Level.PARTITION,
+    "group/GROUP": Level.PROCESS,
     "process": Level.PROCESS,
     "process/PID": Level.PROCESS,
     "process/PID/thread": Level.THREAD,
@@ -23,27 +27,48 @@ LEVELS: dict[str, Level] = {
 }
 BELOW = {
     "system": Level.PROCESS,
+    "partition": Level.PARTITION,
+    "partition/CGROUP": Level.PROCESS,
+    "group/GROUP": Level.PROCESS,
     "process": Level.PROCESS,
     "process/PID": Level.THREAD,
     "process/PID/thread": Level.THREAD,
 }
 
-COLLECTIONS = ("process", "process/PID/thread")
+COLLECTIONS = ("partition", "group/GROUP", "process", "process/PID/thread")
+GROUP = "tree"
 
 
-def measured(level: Level) -> list[Resource]:
-    return [resource for resource in RESOURCES.values() if level in resource.levels]
+@pytest.fixture(scope="module")
+def partition() -> Iterator[Cgroup]:
+    with cgroup() as made:
+        yield made
 
 
-def paths(declared: str, pid: int) -> Iterable[str]:
-    """What a declared path stands for, on a process with one thread: (path, whether it must exist)."""
+@pytest.fixture(scope="module", autouse=True)
+def group(limits: Mount) -> Iterator[None]:
+    os.mkdir(limits / "group" / GROUP)
+    (limits / "group" / GROUP / "select").write_text('comm == "nobody"')
+    yield
+    os.rmdir(limits / "group" / GROUP)
+
+
+def measured(place: str) -> list[Resource]:
+    found = [resource for resource in RESOURCES.values() if LEVELS[place] in resource.levels]
+    return [*found, RESOURCES["processes"]] if place == "group/GROUP" else found
+
+
+def paths(declared: str, pid: int, partition: Cgroup) -> Iterable[str]:
+    """What a declared path stands for, on a process with one thread, a cgroup and a group."""
     place = declared.replace("PID", str(pid)).replace("TID", str(pid))
+    place = place.replace("partition/CGROUP", partition.tree).replace("group/GROUP", f"group/{GROUP}")
     before, found, after = place.partition("RESOURCE")
     if not found:
         yield place
         return
-    level = LEVELS[declared.partition("/RESOURCE")[0]]
-    for resource in measured(level):
+    for resource in measured(declared.partition("/RESOURCE")[0]):
+        if "CGROUP" in declared and not (resource.summable or resource.kept(partition.partition)):
+            continue  # a pressure that the kernel does not keep there
         yield f"{before}{resource.name}{after}"
 
 
@@ -62,10 +87,10 @@ DECLARED = list(walk())
 
 
 @pytest.mark.parametrize("declared", [path for path, _entry in DECLARED if "NAME" not in path])
-def test_what_is_declared_exists(limits: Mount, helper: Make, declared: str) -> None:
+def test_what_is_declared_exists(limits: Mount, helper: Make, partition: Cgroup, declared: str) -> None:
     pid = helper().pid
     entry = dict(DECLARED)[declared]
-    for path in paths(declared, pid):
+    for path in paths(declared, pid, partition):
         name = path.rpartition("/")[2]
         if not expected(declared, path):
             assert not (limits / path).exists()
@@ -95,15 +120,17 @@ def test_nothing_else_is_there(limits: Mount, helper: Make) -> None:
     pid = helper().pid
     expected = {
         "": {entry.name for entry in ROOT.entries},
-        "system": {resource.name for resource in measured(Level.SYSTEM)},
-        f"process/{pid}": {resource.name for resource in measured(Level.PROCESS)} | {"thread"},
-        f"process/{pid}/thread/{pid}": {resource.name for resource in measured(Level.THREAD)},
-        f"process/{pid}/thread": {resource.name for resource in measured(Level.THREAD)} | {str(pid)},
+        "system": {resource.name for resource in measured("system")},
+        "group": {GROUP},
+        f"group/{GROUP}": {each.name for each in measured("group/GROUP")} | {"select", "members", "state"},
+        f"process/{pid}": {resource.name for resource in measured("process/PID")} | {"thread", "partition"},
+        f"process/{pid}/thread/{pid}": {resource.name for resource in measured("process/PID/thread/TID")},
+        f"process/{pid}/thread": {each.name for each in measured("process/PID/thread")} | {str(pid)},
     }
     for directory, names in expected.items():
         assert set(os.listdir(limits / directory)) == names
     fixed = {name for name in os.listdir(limits / "process") if not name.isdecimal()}
-    assert fixed == {resource.name for resource in measured(Level.PROCESS)} | {"self"}
+    assert fixed == {resource.name for resource in measured("process")} | {"self"}
 
 
 def test_inode_numbers_are_one_each(limits: Mount, helper: Make) -> None:
