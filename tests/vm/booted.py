@@ -253,6 +253,9 @@ def one_that_hangs_is_replaced() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
     assert libc.ptrace(PTRACE_ATTACH, old, None, None) == 0, os.strerror(ctypes.get_errno())
+    # Who traces it is told first of its stop, then of its end.
+    while not os.WIFEXITED(os.waitpid(old, 0)[1]):
+        pass
     wait_for(lambda: restarted(old), "it ends itself, and is started again")
     assert "most recent call first" in journal("limitfs.service"), "a trace of where it hangs"
     armed()
