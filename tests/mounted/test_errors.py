@@ -241,7 +241,8 @@ def test_eperm(limits: Mount, helper: Make, name: str) -> None:
     directory = limits / f"process/{helper().pid}"
     explained(limits, lambda: OPERATIONS[name](limits.root, directory), "EPERM", ": ", "; ")
     assert sorted(os.listdir(limits.root)) == [
-        "README", "births", "event", "features", "group", "last_error", "partition", "process", "rules", "state", "system",
+        "README", "births", "event", "features", "group", "last_error", "partition", "process", "rules", "state",
+        "system",
     ]  # fmt: skip
     assert (limits / "README").stat().st_mode & 0o777 == 0o444
 
