@@ -115,8 +115,14 @@ class Daemon:
             options.hearing,
         )
         registry.ended = delivery.ended
-        births = BirthLog(self.hearing.connector, registry.surroundings, self.notifier.announce)
-        groups = Groups(self.reactor, self.hearing.connector, self.hearing.deaths, options.max_groups)
+        births = BirthLog(self.hearing.births, registry.surroundings, self.notifier.announce)
+        groups = Groups(
+            self.reactor,
+            self.hearing.connector,
+            self.hearing.deaths,
+            options.max_groups,
+            moves=self.hearing.moves,
+        )
         self.house = House(registry, delivery, options, self.facts, births, self.hearing, groups)
         self.tree = Tree(self.house, time.time_ns())
         self.operations = Operations(self.tree, self.house)

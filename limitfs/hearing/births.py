@@ -1,4 +1,8 @@
-"""The record of births: fork, exec and exit of every process, with who it was."""
+"""The record of births: fork, exec and exit of every process, with who it was.
+
+Where the kernel's hooks work they tell all of it (limitfs/hearing/bpf); elsewhere the proc connector tells
+numbers, and the rest is read from /proc.
+"""
 
 import time
 from collections.abc import Callable
@@ -21,8 +25,15 @@ class Birth(NamedTuple):
     comm: str | None
     uid: int | None
     """The real one."""
-    status: int | None
-    """Of an exit, as wait(2) gives it. Of a loss: None."""
+    status: int | None = None
+    """Of an exit, as wait(2) gives it."""
+    peak: int | None = None
+    """Of an exit: the most resident memory it had, in bytes; the connector does not know."""
+
+
+def birth_lost() -> Birth:
+    """What is told where records were lost."""
+    return Birth("lost", time.monotonic_ns(), None, None, None, None)
 
 
 class _Known(NamedTuple):
@@ -41,8 +52,8 @@ class _Known(NamedTuple):
         )
 
 
-class Births:
-    """Calls back with a record of every fork, exec and exit of a process.
+class ConnectorBirths:
+    """Calls back with a record of every fork, exec and exit of a process, as far as the connector tells.
 
     The kernel tells numbers; names and users are read from /proc at once and kept until the exit. Of a process
     that is over before it can be looked at, the user is its parent's at the fork, and so is the name until exec.
@@ -77,7 +88,7 @@ class Births:
                 self._known.pop(event.pid, None)
             case Lost():
                 self._known.clear()
-                self._callback(Birth("lost", time.monotonic_ns(), None, None, None, None, None))
+                self._callback(birth_lost())
 
     def _tell(self, kind: str, time_ns: int, pid: int, who: _Known, status: int | None = None) -> None:
         self._known[pid] = who

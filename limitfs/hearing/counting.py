@@ -23,12 +23,16 @@ class Counted:
     """A want at work: a set of numbers, and what ends it."""
 
     source = "connector"
-    guarantee = Guarantee.EXACT
-    period: float | None = None
 
     def __init__(self) -> None:
+        self.period: float | None = None
         self._undo = contextlib.ExitStack()
         self._disarmed = False
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """See `Armed.guarantee`."""
+        return Guarantee.EXACT if self.period is None else Guarantee.SAMPLED
 
     def disarm(self) -> None:
         """Stop, and forget the numbers."""
@@ -267,6 +271,7 @@ class EachThreads(Counted):
             kinds = {Kind.FORK, Kind.EXEC, Kind.EXIT}
             self._undo.callback(connector.subscribe(self._hear, kinds, threads=True).close)
             self._undo.callback(membership.follow(processes, self))
+            self.period = membership.period(processes)
         except BaseException:
             self.disarm()
             raise

@@ -255,4 +255,6 @@ class CpuTimerSource:
 
     def _follow_each(self, want: Want, armed: Metered) -> Callback:
         assert isinstance(want.target, Processes)
-        return self._membership.follow(want.target, armed)
+        end = self._membership.follow(want.target, armed)
+        armed.period = self._membership.period(want.target)
+        return end

@@ -1,8 +1,8 @@
 """Which processes or threads there are, present and future: what every source that hears `each` stands on.
 
 Births and ends come from the proc connector, the present from /proc; the two overlap, and are put together so
-that each member is told once. There is no message when a process moves to another partition: who is in it is
-looked at again every few seconds, and at once where somebody else has heard of the move.
+that each member is told once. The connector has no message for a process that moves to another partition: the
+kernel's hooks tell that, and where they do not work, who is in a partition is looked at every few seconds.
 """
 
 import logging
@@ -15,14 +15,24 @@ from limitfs.hearing.deaths import Death, Deaths
 from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Refused
 from limitfs.resources import cgroups, procfs
-from limitfs.resources.model import Group, Partition, Process, Processes, Thread
+from limitfs.resources.model import Group, Partition, Process, Processes, Target, Thread
 
 log = logging.getLogger(__name__)
 
 Callback = Callable[[], None]
 
+Moves = Callable[[Callable[[Process], None], Callback], Callback]
+"""Calls back (the first) with each process that belongs to another partition now, (the second) where some of
+that was lost; returns what ends it. Raises Refused."""
+
 LOOK = 2.0
-"""Seconds between two looks at who is in a partition."""
+"""Seconds between two looks at who is in a partition, where nothing tells who moves."""
+
+
+def untold(moved: Callable[[Process], None], lost: Callback) -> Callback:
+    """The `Moves` of nobody who could tell."""
+    del moved, lost
+    raise Refused("nothing tells who moves between partitions")
 
 
 class Owner(Protocol):
@@ -54,10 +64,10 @@ class ThreadOwner(Protocol):
 class Membership:
     """Who belongs to a collection of processes: of the machine, of a partition, of a group."""
 
-    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths) -> None:
+    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths, moves: Moves = untold) -> None:
         self._connector = connector
         self._deaths = deaths
-        self._residents = Residents(reactor, connector, deaths)
+        self._residents = Residents(reactor, connector, deaths, moves)
 
     def follow(self, processes: Processes, owner: Owner) -> Callback:
         """Tell an owner of those that are there, then of those that come and go; returns what ends that.
@@ -75,9 +85,13 @@ class Membership:
         members.start()
         return members.close
 
-    def moved(self, process: Process) -> None:
-        """Somebody has heard that a process belongs to another partition now."""
-        self._residents.moved(process)
+    def period(self, target: Target) -> float | None:
+        """Seconds between two looks at who belongs there, of what is followed; None where all of it is told.
+
+        A group knows that of itself.
+        """
+        of_partition = isinstance(target, Processes) and isinstance(target.of, Partition)
+        return self._residents.period if of_partition else None
 
 
 def _follow_group(group: Group, owner: Owner) -> Callback:
@@ -198,9 +212,16 @@ class _Follower:
 
 
 class Residents:
-    """Tells owners of the processes of partitions, with all below: births, ends, and moves."""
+    """Tells owners of the processes of partitions, with all below: births, ends, and moves.
 
-    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths) -> None:
+    Attributes:
+        period: seconds between two looks at all of them; None where the kernel tells who moves.
+    """
+
+    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths, moves: Moves) -> None:
+        self.period: float | None = None
+        self._moves = moves
+        self._end_moves: Callback | None = None
         self._reactor = reactor
         self._connector = connector
         self._deaths = deaths
@@ -220,11 +241,6 @@ class Residents:
             self._forget(follower)
             raise
         return lambda: self._forget(follower)
-
-    def moved(self, process: Process) -> None:
-        """See `Membership.moved`."""
-        if self._find(process.pid) == process:
-            self._settle(process)
 
     # The owner of everyone
 
@@ -250,6 +266,16 @@ class Residents:
             everyone = ProcessMembers(self._connector, self._deaths, self)
             everyone.start()
             self._everyone = everyone
+            self._begin_moves()
+
+    def _begin_moves(self) -> None:
+        """Before anybody is looked at, so that nobody slips through in between."""
+        self.period = None
+        try:
+            self._end_moves = self._moves(self._moved, self._look_at_all)
+        except Refused as refusal:
+            log.info("who moves between partitions is looked for: %s", refusal)
+            self.period = LOOK
             self._look_later()
 
     def _forget(self, follower: _Follower) -> None:
@@ -264,6 +290,9 @@ class Residents:
         if not self._followers and self._everyone is not None:
             self._everyone.close()
             self._everyone = None
+            if self._end_moves is not None:
+                self._end_moves()
+                self._end_moves = None
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
@@ -272,6 +301,11 @@ class Residents:
         return [follower for there in self._followers.values() for follower in there]
 
     # Who belongs
+
+    def _moved(self, process: Process) -> None:
+        """It belongs to another partition now."""
+        if self._find(process.pid) == process:
+            self._settle(process)
 
     def _find(self, pid: int) -> Process | None:
         """None for one that has just been born, which will be told, and for a zombie, which has ended."""
@@ -314,6 +348,9 @@ class Residents:
 
     def _look_around(self) -> None:
         self._look_later()
+        self._look_at_all()
+
+    def _look_at_all(self) -> None:
         for follower in self._all():
             self._look_at(follower)
 

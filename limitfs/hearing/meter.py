@@ -197,14 +197,16 @@ def refuse_unheard(want: Want) -> None:
 
 
 class Metered:
-    """A want at work: the meters of its members."""
+    """A want at work: the meters of its members.
 
-    guarantee = Guarantee.EXACT
-    period: float | None = None
+    Attributes:
+        period: of looking who belongs to the target, where nothing tells that.
+    """
 
     def __init__(
         self, source: str, reactor: Reactor, want: Want, listener: Listener, open_clock: OpenClock, parallel: float
     ) -> None:
+        self.period: float | None = None
         self.source = source
         self._reactor = reactor
         self._want = want
@@ -224,6 +226,11 @@ class Metered:
             raise
         self._started = True
         return self
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """See `Armed.guarantee`."""
+        return Guarantee.EXACT if self.period is None else Guarantee.SAMPLED
 
     def disarm(self) -> None:
         """Stop, and free all clocks."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from limitfs.errors import Quota
+from limitfs.hearing.births import Birth, ConnectorBirths
 from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks
 from limitfs.hearing.cgroupclock import CgroupClockSource
 from limitfs.hearing.connector import Connector
@@ -12,7 +13,7 @@ from limitfs.hearing.cputimer import CpuTimers, CpuTimerSource, block_signal
 from limitfs.hearing.deaths import Deaths
 from limitfs.hearing.eachpartition import EachPartition
 from limitfs.hearing.edges import Edges
-from limitfs.hearing.membership import Membership
+from limitfs.hearing.membership import Membership, Moves
 from limitfs.hearing.memcg import MemcgSource
 from limitfs.hearing.partitions import Directories, Removals
 from limitfs.hearing.psi import PsiSource
@@ -29,10 +30,11 @@ class Hearing:
 
     Attributes:
         sources: best first; the last hears everything.
-        connector: the kernel's record of processes, for `births`.
+        connector: the kernel's record of processes.
         deaths: the ends of single processes.
         directories: where partitions are seen to come and go.
-        membership: who belongs to a partition or group; whoever hears that a process moved tells it so.
+        membership: who belongs to a partition or group.
+        moves: tells who comes to belong to another partition.
         edges: descriptors that tell an event once, for PSI triggers.
     """
 
@@ -42,12 +44,13 @@ class Hearing:
         self._removals = Removals(self.directories)
         self.edges = Edges(reactor)
         self.connector = Connector(reactor)
-        self.membership = Membership(reactor, self.connector, self.deaths)
         timers = CpuTimers(reactor)
         looking = PeakSource(reactor), SamplingSource(reactor)
         each = EachPartition(self.directories, *looking)
-        self.tasks = BpfTasks(reactor, each=each)
-        self._hooks = (BpfFds(reactor, each=each), BpfRss(reactor), self.tasks)
+        self._tasks = BpfTasks(reactor, each=each)
+        self._hooks = (BpfFds(reactor, each=each), BpfRss(reactor), self._tasks)
+        self.moves: Moves = self._tasks.moves
+        self.membership = Membership(reactor, self.connector, self.deaths, self.moves)
         self.sources: tuple[Source, ...] = (
             *self._hooks,
             CpuTimerSource(reactor, timers, self.deaths, self.membership),
@@ -63,6 +66,17 @@ class Hearing:
     def prepare() -> None:
         """What must be done before any thread starts."""
         block_signal()
+
+    def births(self, callback: Callable[[Birth], None]) -> Callable[[], None]:
+        """Call back for each fork, exec and exit of a process from now on; returns what ends that.
+
+        Raises:
+            Refused: nothing here tells of processes.
+        """
+        try:
+            return self._tasks.births(callback)
+        except Refused:
+            return ConnectorBirths(self.connector, callback).close
 
     @property
     def full(self) -> int:

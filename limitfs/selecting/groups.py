@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from limitfs.errors import Busy, Exists, Gone, LimitsError, Quota
 from limitfs.hearing.connector import Connector
 from limitfs.hearing.deaths import Deaths
+from limitfs.hearing.membership import Moves, untold
 from limitfs.hearing.reactor import Reactor
 from limitfs.resources import model
 from limitfs.resources.model import Process
@@ -235,7 +236,7 @@ class Groups:
     """All groups, by name.
 
     Args:
-        reactor, connector, deaths: what membership is heard with.
+        reactor, connector, deaths, moves: what membership is heard with.
         quota: groups that a user other than a master may have.
         masters: users whose groups may hold everybody's processes, and who have no quota.
     """
@@ -247,8 +248,9 @@ class Groups:
         deaths: Deaths,
         quota: int = QUOTA,
         masters: Container[int] = (0,),
+        moves: Moves = untold,
     ) -> None:
-        self.live = Live(reactor, connector, deaths)
+        self.live = Live(reactor, connector, deaths, moves)
         self.quota = quota
         self._masters = masters
         self._named: dict[str, Group] = {}
@@ -288,7 +290,3 @@ class Groups:
             self._held[group.owner] -= 1
             if not self._held[group.owner]:
                 del self._held[group.owner]
-
-    def moved(self, process: Process) -> None:
-        """A process is in another partition now; a source that hears that at once may say so."""
-        self.live.moved(process)

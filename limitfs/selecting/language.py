@@ -152,7 +152,7 @@ class _Reader:
         return self._wrong(Invalid, at, f"expected {_expected(allowed, self._text[at : at + 1])}, {found}")
 
     def _wrong(self, error: type[LimitsError], at: int, message: str) -> LimitsError:
-        return error(message, picture=picture(self._text, at))
+        return error(message, picture=picture(self._text, at), at=at)
 
 
 def picture(text: str, at: int) -> str:

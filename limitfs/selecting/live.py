@@ -1,8 +1,9 @@
 """Membership that is kept up to date: every change of a process is held against all groups that somebody follows.
 
-Births, ends, programs, names and users are told by the proc connector. What changes without a message (partition,
-parent, state, use) is looked at again and again, but only of processes for which it decides: whoever is out of a
-group by its name needs no second look until it has another name. Without a connector everything is looked at.
+Births, ends, programs, names and users are told by the proc connector. What changes without a message (parent,
+state, use) is looked at again and again, but only of processes for which it decides: whoever is out of a group by
+its name needs no second look until it has another name. Without a connector everything is looked at. A partition
+is looked at too, but where the kernel's hooks work they tell of it at once.
 
 Nothing is subscribed to and nothing runs while no group is followed.
 """
@@ -10,13 +11,13 @@ Nothing is subscribed to and nothing runs while no group is followed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from limitfs.errors import LimitsError
 from limitfs.hearing.connector import Comm, Connector, Event, Exec, Gid, Kind, Lost, Subscription, Uid
 from limitfs.hearing.deaths import Deaths
-from limitfs.hearing.membership import ProcessMembers
+from limitfs.hearing.membership import Moves, ProcessMembers
 from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.sampling import GRID, SHORTEST
 from limitfs.hearing.source import Refused
@@ -70,7 +71,9 @@ class Live:
         sampled: whether births and names, too, are looked for, as there is no connector.
     """
 
-    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths) -> None:
+    def __init__(self, reactor: Reactor, connector: Connector, deaths: Deaths, moves: Moves) -> None:
+        self._moves = moves
+        self._end_moves: Callable[[], None] | None = None
         self._reactor = reactor
         self._connector = connector
         self._deaths = deaths
@@ -91,6 +94,7 @@ class Live:
         """Keep `group` up to date from now on, with all that are there already; or after it asks otherwise."""
         self._groups[group] = None
         self._subscribe()
+        self._subscribe_moves()
         if self._births is None and not self.sampled:
             self._begin()
         else:
@@ -101,13 +105,10 @@ class Live:
         """Keep it no more; harmless when it is not."""
         if self._groups.pop(group, 0) is None:
             self._subscribe()
+            self._subscribe_moves()
             if not self._groups:
                 self._end()
             self._schedule(self.period)
-
-    def moved(self, process: Process) -> None:
-        """A process is in another partition now; whoever hears that at once may say so."""
-        self._judge(process, [group for group in self._groups if "partition" in group.asks])
 
     # What the kernel tells: `Owner` of limitfs/hearing/membership.py
 
@@ -135,6 +136,13 @@ class Live:
         if process is not None:
             columns = _COLUMNS[_KINDS[type(event)]]
             self._judge(process, [group for group in self._groups if group.asks & columns])
+
+    def _moved(self, process: Process) -> None:
+        if self._processes.get(process.pid) == process:
+            self._judge(process, self._asking_partition())
+
+    def _asking_partition(self) -> list[Follower]:
+        return [group for group in self._groups if "partition" in group.asks]
 
     # Beginning and ending
 
@@ -172,6 +180,16 @@ class Live:
                 self._changes = self._connector.subscribe(self._changed, kinds)
         if before is not None:
             before.close()
+
+    def _subscribe_moves(self) -> None:
+        """Likewise; where it is refused, a partition is looked at as everything that nobody tells."""
+        wanted = bool(self._asking_partition())
+        if wanted and self._end_moves is None:
+            with contextlib.suppress(Refused):
+                self._end_moves = self._moves(self._moved, lambda: self._judge_all(self._asking_partition()))
+        elif not wanted and self._end_moves is not None:
+            self._end_moves()
+            self._end_moves = None
 
     # Judging
 

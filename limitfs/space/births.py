@@ -1,15 +1,18 @@
 """The file `births`: a line for every fork, exec and exit, recorded while somebody has it open."""
 
 import os
+from collections.abc import Callable
 
 from limitfs.errors import Unsupported
-from limitfs.hearing.births import Birth, Births
-from limitfs.hearing.connector import Connector
+from limitfs.hearing.births import Birth
+from limitfs.hearing.source import Refused
 from limitfs.space.delivery import Broadcast
 from limitfs.space.eventlog import EventLog
 from limitfs.space.poke import Announce
 from limitfs.watching.crossing import iso, number, quoted
 from limitfs.watching.watcher import Surroundings
+
+Record = Callable[[Callable[[Birth], None]], Callable[[], None]]
 
 PATH = "births"
 """Below the mount point."""
@@ -19,17 +22,17 @@ class BirthLog:
     """Listens to the kernel's record of processes while there is a reader.
 
     Args:
-        connector: where the record comes from.
+        record: begins to call back, and returns what ends that; raises Refused.
         around: numbers and times the lines.
         announce: tells inotify.
     """
 
-    def __init__(self, connector: Connector, around: Surroundings, announce: Announce) -> None:
-        self._connector = connector
+    def __init__(self, record: Record, around: Surroundings, announce: Announce) -> None:
+        self._record = record
         self._around = around
         self._announce = announce
         self._lines = Broadcast()
-        self._births: Births | None = None
+        self._end: Callable[[], None] | None = None
         self._open = 0
 
     def opened(self, user: int) -> EventLog:
@@ -38,11 +41,11 @@ class BirthLog:
         Raises:
             Unsupported: nothing here tells of processes.
         """
-        if self._births is None:
-            missing = self._connector.missing()
-            if missing is not None:
-                raise Unsupported(f"no record of processes: {missing}")
-            self._births = Births(self._connector, self._hear)
+        if self._end is None:
+            try:
+                self._end = self._record(self._hear)
+            except Refused as refusal:
+                raise Unsupported(f"no record of processes: {refusal}") from None
         self._open += 1
         return self._lines.opened(user)
 
@@ -50,9 +53,9 @@ class BirthLog:
         """One open file less; the last ends the record."""
         self._lines.closed(user)
         self._open -= 1
-        if self._open == 0 and self._births is not None:
-            self._births.close()
-            self._births = None
+        if self._open == 0 and self._end is not None:
+            self._end()
+            self._end = None
 
     def size(self, user: int) -> int:
         """st_size for a user."""
@@ -77,6 +80,7 @@ class BirthLog:
             ("uid", number(birth.uid)),
             ("status", number(code if code is not None and code >= 0 else None)),
             ("signal", number(-code if code is not None and code < 0 else None)),
+            ("peak", number(birth.peak)),
         )
         return (" ".join(f"{key}={value}" for key, value in pairs) + "\n").encode()
 

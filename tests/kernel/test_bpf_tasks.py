@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from cgroupkit import cgroup
 from test_bpf_kit import Alarmed, links, loaded, settle
 
 from conftest import EXCURSIONS
 from kernelkit import Turned, turned, want
+from limitfs.hearing.births import Birth
 from limitfs.hearing.bpf.layout import Kind
-from limitfs.hearing.bpf.source import Birth, BpfTasks
+from limitfs.hearing.bpf.source import BpfTasks
 from limitfs.resources import members, procfs
-from limitfs.resources.model import Processes
+from limitfs.resources.model import Process, Processes
 from limitfs.resources.tasks import Threads
 
 THREADS = Threads()
@@ -79,18 +81,56 @@ def test_lives(reactor: Turned, source: BpfTasks) -> None:
     end = source.births(births.append)
     child = subprocess.Popen([sys.executable, "-S", "-c", "import os; m = bytearray(64 << 20); os._exit(3)"])
     child.wait()
-    reactor.until(lambda: any(b.what == "exit" and b.process.pid == child.pid for b in births))
+    reactor.until(lambda: any(b.kind == "exit" and b.pid == child.pid for b in births))
     end()
     end()
-    fork, exec_, exit_ = (b for b in births if b.process.pid == child.pid)
-    assert (fork.what, exec_.what, exit_.what) == ("fork", "exec", "exit")
-    assert fork.parent == os.getpid()
+    fork, exec_, exit_ = (b for b in births if b.pid == child.pid)
+    assert (fork.kind, exec_.kind, exit_.kind) == ("fork", "exec", "exit")
+    assert (fork.ppid, fork.uid, fork.status, fork.peak) == (os.getpid(), os.getuid(), None, None)
+    assert (exec_.ppid, exit_.ppid) == (os.getpid(), os.getpid())
     assert exit_.status is not None
     assert os.waitstatus_to_exitcode(exit_.status) == 3
-    assert exit_.memory >= 64 << 20
-    assert exit_.virtual >= exit_.memory
-    assert exit_.witness.comm.startswith("python")
-    assert fork.process.start == exit_.process.start
+    assert exit_.peak is not None
+    assert 64 << 20 <= exit_.peak < 1 << 30
+    assert exit_.comm is not None
+    assert exit_.comm.startswith("python")
+    assert fork.time_ns < exec_.time_ns < exit_.time_ns
+
+
+def test_lives_after_a_loss(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    """A reader who does not come while the ring fills is told so, then again what comes after."""
+    births: list[Birth] = []
+    end = source.births(births.append)
+    child = helper()
+    count = 2 * 4096
+    child.do(f"for _ in range({count}): os.waitpid(os.fork() or os._exit(0), 0)")
+    reactor.until(lambda: any(b.kind == "lost" for b in births))
+    told = len(births)
+    child.do("os.waitpid(os.fork() or os._exit(0), 0)")
+    reactor.until(lambda: any(b.kind == "exit" for b in births[told:]))
+    end()
+    assert sum(b.ppid == child.pid and b.kind == "fork" for b in births) < count
+
+
+def test_moves(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    moved: list[Process] = []
+    end = source.moves(moved.append, lambda: None)
+    child = helper()
+    with cgroup() as group:
+        group.take(child.pid)
+        reactor.until(lambda: moved == [procfs.identify(child.pid)])
+        end()
+    settle(reactor)
+    assert len(moved) == 1
+
+
+def test_who_stays_is_not_told_as_moved(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    moved: list[Process] = []
+    end = source.moves(moved.append, lambda: None)
+    helper().do("os.waitpid(os.fork() or os._exit(0), 0)")
+    settle(reactor)
+    end()
+    assert moved == []
 
 
 def test_sum_follows(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:

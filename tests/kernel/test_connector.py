@@ -15,7 +15,7 @@ import pytest
 from kernelkit import Heard, Turned, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing import connector as module
-from limitfs.hearing.births import Birth, Births
+from limitfs.hearing.births import Birth, ConnectorBirths
 from limitfs.hearing.connector import Comm, Connector, Event, Exec, Exit, Fork, Kind, Lost, Uid
 from limitfs.hearing.counting import Census, ConnectorSource
 from limitfs.hearing.deaths import Deaths
@@ -413,7 +413,7 @@ def test_after_a_loss_the_truth_is_read_again(
 
 def test_births(reactor: Turned, connector: Connector, helper: MakeHelper) -> None:
     records: list[Birth] = []
-    births = Births(connector, records.append)
+    births = ConnectorBirths(connector, records.append)
     child = helper()
     child.process.kill()
     reactor.until(lambda: any(r.kind == "exit" and r.pid == child.pid for r in records))
@@ -433,7 +433,7 @@ def test_births(reactor: Turned, connector: Connector, helper: MakeHelper) -> No
 
 def test_births_of_what_is_no_more_have_its_parents_name(reactor: Turned, connector: Connector) -> None:
     records: list[Birth] = []
-    births = Births(connector, records.append)
+    births = ConnectorBirths(connector, records.append)
     (pid,) = fork_and_end(1)
     reactor.until(lambda: any(r.kind == "exit" and r.pid == pid for r in records))
     ours = procfs.comm(os.getpid())

@@ -150,16 +150,27 @@ def test_a_partition(reactor: Turned, groups: Groups, helper: MakeHelper) -> Non
         twin.end()
 
 
-def test_whoever_hears_moves_may_say_so(groups: Groups, helper: MakeHelper) -> None:
+def test_moves_are_told(reactor: Turned, helper: MakeHelper) -> None:
+    """By the kernel, where its hooks work; here by us, and then nobody has to look."""
+    tellers: list[Callable[[Process], None]] = []
+
+    def moves(moved: Callable[[Process], None], _lost: Callable[[], None]) -> Callable[[], None]:
+        tellers.append(moved)
+        return lambda: tellers.remove(moved)
+
+    groups = Groups(reactor, Connector(reactor), Deaths(reactor), moves=moves)
     with cgroup() as there:
         child = helper()
-        follower = Following(selecting(groups, f'partition == "{there.path}"'))
+        group = selecting(groups, f'partition == "{there.path}"')
+        others = Following(selecting(groups, "pid == 1"))
+        assert not tellers
+        follower = Following(group)
         there.take(child.pid)
-        groups.moved(procfs.identify(child.pid))
+        tellers[0](procfs.identify(child.pid))
         assert follower.has(child.pid), "at once"
         follower.end()
-        groups.moved(procfs.identify(child.pid))
-        assert follower.about(child.pid) == ["joined"]
+        assert not tellers
+        others.end()
         child.end()
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from cgroupkit import Cgroup, cgroup, hierarchy_of
+from test_bpf_kit import loaded
 
 from kernelkit import Heard, Turned, begin, burn, turned, want
+from limitfs.hearing.bpf.source import BpfTasks
 from limitfs.hearing.connector import Connector, missing
 from limitfs.hearing.counting import ConnectorSource
 from limitfs.hearing.cputimer import CpuTimers, CpuTimerSource
 from limitfs.hearing.deaths import Deaths
-from limitfs.hearing.membership import Membership
+from limitfs.hearing.membership import LOOK, Membership
 from limitfs.hearing.sampling import PeakSource
 from limitfs.hearing.source import Refused
 from limitfs.resources import cgroups, procfs, tasks
@@ -90,6 +92,19 @@ class Owner:
 
     def lost(self, count: int) -> None:
         self.losses += count
+
+
+class Teller:
+    """Tells moves when a test wants it."""
+
+    def __init__(self) -> None:
+        self.moved: list[Callable[[Process], None]] = []
+        self.lost: list[Callable[[], None]] = []
+
+    def __call__(self, moved: Callable[[Process], None], lost: Callable[[], None]) -> Callable[[], None]:
+        self.moved.append(moved)
+        self.lost.append(lost)
+        return lambda: self.moved.remove(moved)
 
 
 class Chosen(Group):
@@ -181,16 +196,57 @@ def test_moves_are_seen(reactor: Turned, membership: Membership, group: Cgroup, 
     there.take(process.pid)
     reactor.until(lambda: process in other.members)
     assert (owner.members, above.births) == ([], 1)
-    # Who hears of a move says so, and then it does not wait for the next look.
-    here.take(process.pid)
-    membership.moved(process)
-    assert (owner.members, other.members, above.births) == ([process], [], 1)
-    membership.moved(procfs.identify(os.getpid()))
-    membership.moved(Process(2**22, 1))
-    assert (owner.members, other.members, above.births) == ([process], [], 1)
+    assert membership.period(Processes(identify(here))) == LOOK
     for end in ends:
         end()
-    membership.moved(process)
+
+
+def test_moves_are_told(
+    reactor: Turned, connector: Connector, deaths: Deaths, group: Cgroup, helper: MakeHelper
+) -> None:
+    """Where somebody tells them, nobody looks."""
+    here, there = group.below("here"), group.below("there")
+    _child, process = worker(helper, there)
+    teller = Teller()
+    membership = Membership(reactor, connector, deaths, teller)
+    owner, other, above = Owner(), Owner(), Owner()
+    ends = [
+        membership.follow(Processes(identify(one)), who)
+        for one, who in ((here, owner), (there, other), (group, above))
+    ]
+    assert membership.period(Processes(identify(here))) is None
+    here.take(process.pid)
+    (moved,) = teller.moved
+    reactor.quiet(2 * LOOK)
+    assert (owner.members, other.members, above.births) == ([], [process], 1)
+    moved(process)
+    moved(procfs.identify(os.getpid()))
+    moved(Process(2**22, 1))
+    assert (owner.members, other.members, above.births) == ([process], [], 1)
+    there.take(process.pid)
+    teller.lost[0]()
+    assert (owner.members, other.members, above.births) == ([], [process], 1)
+    for end in ends:
+        end()
+    assert not teller.moved
+
+
+@pytest.mark.parametrize("hierarchy", [None, "pids"])
+def test_moves_are_told_by_the_kernel(
+    reactor: Turned, connector: Connector, deaths: Deaths, helper: MakeHelper, hierarchy: str | None
+) -> None:
+    if hierarchy and hierarchy_of(hierarchy) is None:
+        pytest.skip("no hierarchy of version 1")
+    with loaded(BpfTasks, reactor) as hooks, cgroup(hierarchy) as group:
+        membership = Membership(reactor, connector, deaths, hooks.moves)
+        process, owner = procfs.identify(helper().pid), Owner()
+        end = membership.follow(Processes(identify(group)), owner)
+        assert membership.period(Processes(identify(group))) is None
+        group.take(process.pid)
+        reactor.until(lambda: owner.members == [process])
+        Cgroup(group.hierarchy, cgroups.ROOT).take(process.pid)
+        reactor.until(lambda: owner.members == [])
+        end()
 
 
 def test_a_partition_of_version_1(reactor: Turned, membership: Membership, helper: MakeHelper) -> None:

@@ -6,57 +6,68 @@ import pytest
 from opskit import Kernel, Waker, house, refused
 
 from conftest import NOBODY, lines_of
+from limitfs.hearing import sources
 from limitfs.hearing.births import Birth
-from limitfs.space import births
+from limitfs.hearing.source import Refused
 
 
-class Record:
-    """Stands for `hearing.connector.Births`."""
+class Recorder:
+    """Stands for `Hearing.births`."""
 
-    begun: "list[Record]"
+    def __init__(self) -> None:
+        self.begun: list[Callable[[Birth], None]] = []
+        self.ended = 0
+        self.missing: str | None = None
 
-    def __init__(self, _connector: object, callback: Callable[[Birth], None]) -> None:
-        self.tell = callback
-        self.closed = False
-        Record.begun.append(self)
+    def __call__(self, callback: Callable[[Birth], None]) -> Callable[[], None]:
+        if self.missing is not None:
+            raise Refused(self.missing)
+        self.begun.append(callback)
+        return self.end
 
-    def close(self) -> None:
-        self.closed = True
+    def end(self) -> None:
+        self.ended += 1
+
+    def tell(self, birth: Birth) -> None:
+        self.begun[-1](birth)
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    Record.begun = []
-    monkeypatch.setattr(births, "Births", Record)
+def record() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch, record: Recorder):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(sources.Hearing, "births", lambda _self, callback: record(callback))
     with house(monkeypatch) as made:
-        monkeypatch.setattr(made.daemon.hearing.connector, "missing", lambda: None)
         yield made
 
 
-FORK = Birth("fork", 1, 100, 1, "sh", NOBODY, None)
-EXIT = Birth("exit", 2, 100, 1, "sh", NOBODY, 3 << 8)
+FORK = Birth("fork", 1, 100, 1, "sh", NOBODY)
+EXIT = Birth("exit", 2, 100, 1, "sh", NOBODY, 3 << 8, 4096)
 KILLED = Birth("exit", 3, 101, 1, 'a" pid=1\n', 0, 9)
-LOST = Birth("lost", 4, None, None, None, None, None)
+LOST = Birth("lost", 4, None, None, None, None)
 
 
-async def test_recorded_only_while_somebody_reads(kernel: Kernel) -> None:
+async def test_recorded_only_while_somebody_reads(kernel: Kernel, record: Recorder) -> None:
     first, second = await kernel.open("births"), await kernel.open("births", uid=NOBODY)
-    (record,) = Record.begun
     await kernel.ops.release(first)
-    assert not record.closed
+    assert (len(record.begun), record.ended) == (1, 0)
     await kernel.ops.release(second)
-    assert record.closed
+    assert record.ended == 1
     await kernel.ops.release(await kernel.open("births"))
-    assert len(Record.begun) == 2
+    assert (len(record.begun), record.ended) == (2, 2)
 
 
-async def test_each_is_told_of_his_own_and_of_losses(kernel: Kernel) -> None:
+async def test_each_is_told_of_his_own_and_of_losses(kernel: Kernel, record: Recorder) -> None:
     root, his = await kernel.open("births"), await kernel.open("births", uid=NOBODY)
     for birth in (FORK, EXIT, KILLED, LOST):
-        Record.begun[0].tell(birth)
+        record.tell(birth)
     told = lines_of((await kernel.ops.read(root, 0, 1 << 16)).decode())
     assert [line["birth"] for line in told] == ["fork", "exit", "exit", "lost"]
     assert (told[1]["status"], told[2]["signal"]) == ("3", "9")
+    assert [line.get("peak") for line in told] == [None, "4096", None, None]
     assert told[2]["comm"] == 'a" pid=1\n'
     told = lines_of((await kernel.ops.read(his, 0, 1 << 16)).decode())
     assert [line["birth"] for line in told] == ["fork", "exit", "lost"]
@@ -64,16 +75,16 @@ async def test_each_is_told_of_his_own_and_of_losses(kernel: Kernel) -> None:
         await kernel.ops.release(handle)
 
 
-async def test_a_record_wakes(kernel: Kernel) -> None:
+async def test_a_record_wakes(kernel: Kernel, record: Recorder) -> None:
     handle = await kernel.open("births")
     waker, ino = Waker(), (await kernel.walk("births")).st_ino
     assert await kernel.ops.poll(ino, handle, waker, None) == 0
-    Record.begun[0].tell(FORK)
+    record.tell(FORK)
     assert waker.woken == 1
     await kernel.ops.release(handle)
 
 
-async def test_without_a_connector(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel.daemon.hearing.connector, "missing", lambda: "no such socket")
+async def test_where_nothing_tells(kernel: Kernel, record: Recorder) -> None:
+    record.missing = "no such socket"
     assert await refused(kernel.open("births")) == "EOPNOTSUPP"
     assert b"no record of processes: no such socket" in await kernel.read("last_error")

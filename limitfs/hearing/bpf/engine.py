@@ -59,6 +59,9 @@ NO_WATCH = 2**32 - 1
 CGROUP_HOOKS = frozenset({"cgroup_attach_task", "cgroup_rmdir", "cgroup_mkdir"})
 """Without them the cgroups of processes cannot be followed."""
 
+_LIVES = frozenset({What.FORK, What.EXEC, What.EXIT, What.MOVE})
+"""What is told of every process to who wants it."""
+
 _CALLED = frozenset({"look_at", "plant", "leave"})
 """Programs that are run by us."""
 
@@ -108,6 +111,15 @@ class Client(Protocol):
         """There was no room for so many states or shares, perhaps its own."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Subscriber:
+    """Who wants to know of the lives of all processes: see `Engine.subscribe`."""
+
+    wanted: frozenset[What]
+    callback: Callable[[Record], None]
+    overran: Callable[[], None]
+
+
 @dataclass
 class _Followed:
     """A group whose members the kernel is told.
@@ -136,7 +148,7 @@ class Engine:
     def __init__(self, reactor: Reactor, name: str, ways: tuple[Hooks, ...], directory: Path = _OBJECTS) -> None:
         self.hooks: Hooks | None = None
         self.cost = ""
-        self._births: list[Callable[[Record], None]] = []
+        self._subscribers: list[_Subscriber] = []
         self._sums: Counter[int] = Counter()
         self._ledgers = itertools.count(1)
         self._groups: dict[int, _Followed] = {}
@@ -148,7 +160,7 @@ class Engine:
         self._object: libbpf.Object | None = None
         self._control: Control | None = None
         self._programs: set[str] = set()
-        self._follows_cgroups = False
+        self._working: frozenset[str] = frozenset()
         self._links = libbpf.Links()
         self._detaching: threading.Thread | None = None
         self._stop = threading.Event()
@@ -225,7 +237,7 @@ class Engine:
         before = _nanoseconds(hooks.probe)
         self._attach(hooks)
         after = _nanoseconds(hooks.probe)
-        self._follows_cgroups = all(name in self._links for name in CGROUP_HOOKS)
+        self._working = frozenset(name for name in self._programs if name in self._links)
         self._detach()
         self.cost = hooks.cost if hooks.probe is None else f"{hooks.cost}: {max(0, after - before):.0f} ns here"
 
@@ -345,7 +357,11 @@ class Engine:
     @property
     def follows_cgroups(self) -> bool:
         """Whether it knows who is in which cgroup."""
-        return self._follows_cgroups
+        return self._working >= CGROUP_HOOKS
+
+    def has(self, program: str) -> bool:
+        """Whether this program works here."""
+        return self.missing() is None and program in self._working
 
     def add(self, client: Client, scope: int, start: int, watches: list[Watch]) -> None:
         """Watch a scope; `start`: of a process, else 0.
@@ -607,25 +623,37 @@ class Engine:
         assert self._object is not None
         return self._object.map("memberships")
 
-    # Births
+    # The lives of processes
 
-    def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
-        """Have FORK, EXEC and EXIT records; returns what ends that.
+    def subscribe(
+        self, wanted: frozenset[What], callback: Callable[[Record], None], overran: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Have these of the FORK, EXEC, EXIT and MOVE records; returns what ends that.
+
+        Args:
+            wanted: which.
+            callback: is given each.
+            overran: called where records were lost.
 
         Raises:
             Refused: as `use`.
         """
+        subscriber = _Subscriber(wanted, callback, overran)
         self.use()
-        self._births.append(callback)
-        self.control.births = len(self._births)
+        self._subscribers.append(subscriber)
+        self._set_lives()
 
         def end() -> None:
-            if callback in self._births:
-                self._births.remove(callback)
-                self.control.births = len(self._births)
+            if subscriber in self._subscribers:
+                self._subscribers.remove(subscriber)
+                self._set_lives()
                 self.release()
 
         return end
+
+    def _set_lives(self) -> None:
+        wanted = frozenset[What]().union(*(subscriber.wanted for subscriber in self._subscribers))
+        self.control.lives = sum(1 << what for what in wanted)
 
     def _states(self) -> libbpf.Map:
         assert self._object is not None
@@ -639,12 +667,17 @@ class Engine:
     def _drain(self) -> None:
         self._ring.drain()
         records, self._pending = self._pending, []
-        for record in _in_order(records):
+        for record in records:
+            if record.what in _LIVES:
+                self._tell_life(record)
+        for record in _in_order([record for record in records if record.what not in _LIVES]):
             self._deliver(record)
         if self._users and self.control.dropped != self._dropped:
             self._dropped = self.control.dropped
             for client in set(self._clients.values()):
                 _guarded(client.overran)
+            for subscriber in tuple(self._subscribers):
+                _guarded(subscriber.overran)
         if self._users and (lacking := self._lacking()):
             self._tell_lack(lacking)
 
@@ -664,11 +697,12 @@ class Engine:
         """How often a map had no room, since it was loaded."""
         return int(self._control.full) if self._control is not None else 0
 
+    def _tell_life(self, record: Record) -> None:
+        for subscriber in tuple(self._subscribers):
+            if record.what in subscriber.wanted:
+                _guarded(lambda subscriber=subscriber: subscriber.callback(record))  # type: ignore[misc]
+
     def _deliver(self, record: Record) -> None:
-        if record.what in (What.FORK, What.EXEC, What.EXIT):
-            for callback in tuple(self._births):
-                _guarded(lambda callback=callback: callback(record))  # type: ignore[misc]
-            return
         client = self._clients.get(record.watch)
         if client is not None:
             _guarded(lambda: client.ended(record) if record.what == What.GONE else client.crossed(record))

@@ -146,7 +146,7 @@ static __always_inline struct record *new_record(__u32 what, __s64 value, __u64 
 	r->what = what;
 	r->value = value;
 	r->flips = flips;
-	r->unused = 0;
+	r->parent = 0;
 	return r;
 }
 

@@ -33,6 +33,7 @@ struct kuid {
 };
 
 struct cred {
+	struct kuid uid;
 	struct kuid euid;
 };
 

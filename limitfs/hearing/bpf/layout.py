@@ -59,6 +59,7 @@ class What(enum.IntEnum):
     EXEC = 3
     EXIT = 4
     FULL = 5
+    MOVE = 6
 
 
 class Watch(ctypes.Structure):
@@ -130,7 +131,7 @@ class Record(ctypes.Structure):
         ("tgid", _u32),
         ("tid", _u32),
         ("uid", _u32),
-        ("unused", _u32),
+        ("parent", _u32),
         ("comm", ctypes.c_char * 16),
     )
 
@@ -158,7 +159,7 @@ class Control(ctypes.Structure):
 
     _fields_ = (
         ("wide", _u32),
-        ("births", _u32),
+        ("lives", _u32),
         ("margin", _u32),
         ("processors", _u32),
         ("pid", _u32),

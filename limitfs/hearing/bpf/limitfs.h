@@ -155,20 +155,21 @@ enum limitfs_what {
 	LIMITFS_EXEC,
 	LIMITFS_EXIT,
 	LIMITFS_FULL,	/* a map takes no more, see `control.full` */
+	LIMITFS_MOVE,	/* a process belongs to another cgroup now, of whichever hierarchy */
 };
 
 /* What happened. `tgid`, `tid`: numbers of the initial PID namespace. */
 struct record {
 	__u64 time;	/* ns, CLOCK_MONOTONIC */
-	__s64 value;	/* in units of the kind; FORK: parent; EXIT: peak of memory, pages */
-	__u64 flips;	/* as in the state; EXIT: peak of virtual memory, pages */
+	__s64 value;	/* in units of the kind; EXIT: peak of memory, pages */
+	__u64 flips;	/* as in the state */
 	__u64 start;	/* ticks after boot; for a total its scope */
-	__u32 watch;	/* FORK, EXEC, EXIT: 0; EXIT: exit code as wait(2) has it */
+	__u32 watch;	/* FORK, EXEC, MOVE: 0; EXIT: exit code as wait(2) has it */
 	__u32 what;
 	__u32 tgid;	/* whose value it is; 0 for a total */
 	__u32 tid;	/* who made it so; 0: unknown */
-	__u32 uid;	/* of tid, effective */
-	__u32 unused;
+	__u32 uid;	/* of tid, effective; FORK, EXEC, EXIT, MOVE: real */
+	__u32 parent;	/* FORK, EXEC, EXIT, MOVE */
 	char comm[LIMITFS_COMM];	/* of tid */
 };
 
@@ -190,7 +191,7 @@ struct leaving {
 /* In .bss, mapped by user space. */
 struct control {
 	__u32 wide;	/* of enum limitfs_wide; 0: only single processes are watched */
-	__u32 births;	/* FORK, EXEC and EXIT records are wanted */
+	__u32 lives;	/* 1 << FORK, EXEC, EXIT, MOVE: such records are wanted */
 	__u32 margin;	/* pages that the common part of a memory counter may be off */
 	__u32 processors;	/* possible ones */
 	__u32 pid;	/* for `look_at`: of one process only; 0: of all */

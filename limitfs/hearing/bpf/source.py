@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from limitfs.errors import Gone, LimitsError
+from limitfs.hearing.births import Birth, birth_lost
 from limitfs.hearing.bpf.engine import Engine, Hooks, own_member
 from limitfs.hearing.bpf.layout import (
     DEPTH,
@@ -648,26 +649,10 @@ class BpfRss(_BpfSource):
         return False
 
 
-class Birth(NamedTuple):
-    """A process was born, executes another program, or ended.
+_BIRTHS = frozenset({What.FORK, What.EXEC, What.EXIT})
 
-    Attributes:
-        what: "fork", "exec" or "exit".
-        process: which.
-        witness: of the process itself.
-        parent: its number; fork only.
-        status: as wait(2) has it; exit only.
-        memory, virtual: the peaks in bytes; exit only. Before Linux 6.16, where fentry on taskstats_exit is
-            refused, `memory` includes the programs before the last exec, and `virtual` is 0.
-    """
-
-    what: str
-    process: Process
-    witness: Witness
-    parent: int | None = None
-    status: int | None = None
-    memory: int = 0
-    virtual: int = 0
+_MOVES = frozenset({"record_move", "record_transfer"})
+"""All ways from one cgroup to another."""
 
 
 class BpfTasks(_BpfSource):
@@ -684,9 +669,9 @@ class BpfTasks(_BpfSource):
             "sched_process",
             "fork, exec and exit of all processes",
             _LIFE,
-            _one("fentry_taskstats_exit"),
+            _one("fentry_taskstats_exit") | _MOVES,
         ),
-        Hooks("sched_process", "fork, exec and exit of all processes", _LIFE),
+        Hooks("sched_process", "fork, exec and exit of all processes", _LIFE, _MOVES),
     )
 
     def births(self, callback: Callable[[Birth], None]) -> Callable[[], None]:
@@ -695,23 +680,36 @@ class BpfTasks(_BpfSource):
         Raises:
             Refused: it does not work here.
         """
-        return self.engine.subscribe(lambda record: callback(_birth(record)))
+
+        def hear(record: Record) -> None:
+            callback(_birth(record))
+
+        return self.engine.subscribe(_BIRTHS, hear, lambda: callback(birth_lost()))
+
+    def moves(self, moved: Callable[[Process], None], lost: Callable[[], None]) -> Callable[[], None]:
+        """See `Moves` of limitfs/hearing/membership.py.
+
+        Raises:
+            Refused: it does not work here.
+        """
+        if not all(map(self.engine.has, _MOVES)):
+            raise Refused(self.engine.missing() or "the kernel does not tell who moves between cgroups")
+
+        def hear(record: Record) -> None:
+            moved(Process(record.tgid, record.start))
+
+        return self.engine.subscribe(frozenset({What.MOVE}), hear, lost)
 
 
 def _birth(record: Record) -> Birth:
-    process = Process(record.tgid, record.start)
-    witness = _witness(record)
-    kind = record.what
-    if kind == What.FORK:
-        return Birth("fork", process, witness, parent=record.value)
-    if kind == What.EXEC:
-        return Birth("exec", process, witness)
-    page = mmap.PAGESIZE
+    exit_ = record.what == What.EXIT
     return Birth(
-        "exit", process, witness, status=record.watch, memory=record.value * page, virtual=record.flips * page
+        What(record.what).name.lower(),
+        record.time,
+        record.tgid,
+        record.parent,
+        record.comm.decode("utf-8", "surrogateescape"),
+        record.uid,
+        record.watch if exit_ else None,
+        record.value * mmap.PAGESIZE if exit_ else None,
     )
-
-
-def sources(reactor: Reactor) -> tuple[BpfFds, BpfRss, BpfTasks]:
-    """One of each."""
-    return BpfFds(reactor), BpfRss(reactor), BpfTasks(reactor)

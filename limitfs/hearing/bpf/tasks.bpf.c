@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 /*
  * threads: threads of a process, exactly; and the lives of processes: fork,
- * exec, and exit with the peaks of memory, so that a process that was born,
+ * exec, and exit with the peak of memory, so that a process that was born,
  * was large and died within a millisecond is still known.
  *
  * signal->live is what do_exit() counts down first; nr_threads, which /proc
@@ -37,24 +37,32 @@ static __always_inline bool is_alone(void)
 	return true;
 }
 
-static __always_inline void record_life(struct task_struct *task, __u32 what, __u32 status, __s64 value, __u64 extra)
+/* The name is that of the process, as /proc/PID/comm has it, whichever thread this is. */
+static __always_inline void record_life(struct task_struct *task, __u32 what, __u32 status, __s64 value)
 {
-	struct subject s = {};
+	struct task_struct *process = BPF_CORE_READ(task, group_leader);
+	struct record *r;
 
-	if (!control.births)
+	if (!(control.lives & 1 << what))
 		return;
-	describe(&s, task);
-	s.member.watch = status;
-	s.member.tgid = task->tgid;
-	s.member.start = start_of(task);
-	ring(&s, what, value, extra);
+	r = new_record(what, value, 0);
+	if (!r)
+		return;
+	r->start = start_of(task);
+	r->watch = status;
+	r->tgid = BPF_CORE_READ(task, tgid);
+	r->tid = BPF_CORE_READ(task, pid);
+	r->uid = BPF_CORE_READ(task, real_cred, uid.val);
+	r->parent = BPF_CORE_READ(task, real_parent, tgid);
+	bpf_probe_read_kernel_str(r->comm, sizeof(r->comm), &process->comm);
+	bpf_ringbuf_submit(r, 0);
 }
 
 SEC("?tp_btf/sched_process_fork")
 int BPF_PROG(sched_process_fork, struct task_struct *parent, struct task_struct *child)
 {
 	if (child->tgid != parent->tgid)
-		record_life(child, LIMITFS_FORK, 0, parent->tgid, 0);
+		record_life(child, LIMITFS_FORK, 0, 0);
 	inherit(parent, child);
 	look_at_process(child);
 	return 0;
@@ -64,24 +72,18 @@ int BPF_PROG(sched_process_fork, struct task_struct *parent, struct task_struct 
 SEC("?tp_btf/sched_process_exec")
 int BPF_PROG(sched_process_exec, struct task_struct *task)
 {
-	record_life(task, LIMITFS_EXEC, 0, 0, 0);
+	record_life(task, LIMITFS_EXEC, 0, 0);
 	look();
 	return 0;
 }
 
-/* Pages. */
-struct peaks {
-	__s64 memory;
-	__s64 virtual;
-};
-
-/* Of processes that are about to end, from where their memory is still there to where their end is told. */
+/* Peaks, in pages, of processes that are about to end: from where their memory is still there to where it is told. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, LIMITFS_CONFIGS);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, __u32);
-	__type(value, struct peaks);
+	__type(value, __s64);
 } ending SEC(".maps");
 
 /*
@@ -89,42 +91,34 @@ struct {
  * have grown since, and are read here as the kernel reads them for rusage,
  * without asking every processor.
  */
-static __always_inline struct peaks peaks_of(struct mm_struct *mm)
+static __always_inline __s64 peak_of(struct mm_struct *mm)
 {
-	__s64 memory = COMMON(mm, MM_FILEPAGES) + COMMON(mm, MM_ANONPAGES) + COMMON(mm, MM_SHMEMPAGES);
-	__s64 total = mm->total_vm;
-	struct peaks p = {
-		.memory = mm->hiwater_rss,
-		.virtual = mm->hiwater_vm,
-	};
+	__s64 now = COMMON(mm, MM_FILEPAGES) + COMMON(mm, MM_ANONPAGES) + COMMON(mm, MM_SHMEMPAGES);
+	__s64 mark = mm->hiwater_rss;
 
-	if (p.memory < memory)
-		p.memory = memory;
-	if (p.virtual < total)
-		p.virtual = total;
-	return p;
+	return now > mark ? now : mark;
 }
 
 static __always_inline void record_exit(struct task_struct *task)
 {
 	struct mm_struct *mm = task->mm;
 	int status = BPF_CORE_READ(task, signal, group_exit_code);
-	struct peaks p = {}, *before;
 	__u32 key = task->tgid;
+	__s64 peak, *before;
 
 	if (!status)
 		status = BPF_CORE_READ(task, group_leader, exit_code);
 	before = bpf_map_lookup_elem(&ending, &key);
 	if (mm)
-		p = peaks_of(mm);
+		peak = peak_of(mm);
 	else if (before)
-		p = *before;
+		peak = *before;
 	else
 		/* What is left of it includes the programs before the last exec. */
-		p.memory = BPF_CORE_READ(task, signal, maxrss);
+		peak = BPF_CORE_READ(task, signal, maxrss);
 	if (before)
 		bpf_map_delete_elem(&ending, &key);
-	record_life(task, LIMITFS_EXIT, status, p.memory, p.virtual);
+	record_life(task, LIMITFS_EXIT, status, peak);
 }
 
 SEC("?tp_btf/sched_process_exit")
@@ -149,13 +143,29 @@ int BPF_PROG(fentry_taskstats_exit, struct task_struct *task)
 {
 	struct mm_struct *mm = task->mm;
 	__u32 key = task->tgid;
-	struct peaks p;
+	__s64 peak;
 
 	if (!is_last(task)) {
 		look();
-	} else if (control.births && mm) {
-		p = peaks_of(mm);
-		bpf_map_update_elem(&ending, &key, &p, BPF_ANY);
+	} else if (control.lives & 1 << LIMITFS_EXIT && mm) {
+		peak = peak_of(mm);
+		bpf_map_update_elem(&ending, &key, &peak, BPF_ANY);
 	}
+	return 0;
+}
+
+/* Also between hierarchies of version 1, and of a single thread there: it is looked up who is where now. */
+SEC("?tp_btf/cgroup_attach_task")
+int BPF_PROG(record_move, struct cgroup *to, const char *path, struct task_struct *task)
+{
+	record_life(task, LIMITFS_MOVE, 0, 0);
+	return 0;
+}
+
+/* All of a cpuset of version 1 that has lost its last processor, one after the other. */
+SEC("?tp_btf/cgroup_transfer_tasks")
+int BPF_PROG(record_transfer, struct cgroup *to, const char *path, struct task_struct *task)
+{
+	record_life(task, LIMITFS_MOVE, 0, 0);
 	return 0;
 }
