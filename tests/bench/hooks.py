@@ -1,9 +1,9 @@
 """What the kernel's hooks cost, and how fast they ring: `python tests/bench/hooks.py [--rounds N] [PART…]`.
 
 Parts: cost, latency, idle. `cost` compares short runs of one operation in turns: limitfs not mounted, mounted and
-nothing armed, armed on another process, armed on the process itself; where there is auditctl(8), also next to one
-audit rule that is never triggered, as the rlimit-events patches measured it. Medians, and the median of the
-differences within one round. Needs root and gcc.
+nothing armed, armed on another process, armed on the process itself; also next to hooks of the descriptor table
+that do nothing, and where there is auditctl(8), to one audit rule that is never triggered, as the rlimit-events
+patches measured it. Medians, and the median of the differences within one round. Needs root and gcc.
 """
 
 import argparse
@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from run import Cost, sleepers
 
 from conftest import Helper, Mount, mounted
+from limitfs.hearing.bpf import libbpf
+from limitfs.hearing.bpf.build import compile_program
 
 COUNTS = {
     "getppid": 20000,
@@ -89,6 +91,7 @@ def cost(directory: Path, rounds: int) -> None:
         with mounted(directory) as limits:
             for resource, names in RESOURCES.items():
                 _cost_of(limits, resource, names, work, other, rounds, before)
+    _nothing(directory, rounds)
     _audit(directory, rounds)
 
 
@@ -145,6 +148,34 @@ def _links(pid: int) -> int:
         with contextlib.suppress(OSError):
             count += "link_type" in info.read_text()
     return count
+
+
+def _nothing(directory: Path, rounds: int) -> None:
+    """The same next to programs that do nothing: less than that no hook can cost."""
+    if not compile_program(Path(__file__).parent / "nothing.bpf.c", directory):
+        return
+    programs = libbpf.Object(directory / "nothing.bpf.o")
+    links = libbpf.Links()
+    names = {name for name, section in programs.sections().items() if libbpf.kernel_has(section)}
+    try:
+        programs.load(names)
+        with worker(directory) as work:
+            for name in ("getppid", "dup_close", "open_hot", "open_cold"):
+                off, on = [], []
+                for _ in range(rounds):
+                    off.append(work(name))
+                    for program in names:
+                        programs.attach(program, links)
+                    on.append(work(name))
+                    links.destroy()
+                    time.sleep(1)  # the last may still have its hook
+                base = statistics.median(off)
+                print(f"{'hooks that do nothing':<22} {name:<11} without {base:9.0f} ns   with {_more(off, on)}")
+    except libbpf.BpfError as error:
+        print(f"hooks that do nothing: not compared: {error}")
+    finally:
+        links.destroy()
+        programs.close()
 
 
 def _audit(directory: Path, rounds: int) -> None:

@@ -28,17 +28,18 @@ def build(out: Path = SOURCES) -> bool:
         False where clang or a header is absent, or a program does not compile; nothing is raised, as the
         package works without, less surely.
     """
-    clang = shutil.which("clang")
-    if clang is None:
-        return _complain("clang is not here: install clang (and llvm), or hear by sampling only")
     out.mkdir(parents=True, exist_ok=True)
-    done = [_compile(clang, name, out) for name in NAMES]  # all of them, whichever fails
+    done = [compile_program(SOURCES / f"{name}.bpf.c", out) for name in NAMES]  # all of them, whichever fails
     return all(done)
 
 
-def _compile(clang: str, name: str, out: Path) -> bool:
-    target = out / f"{name}.bpf.o"
-    done = _run([clang, *_flags(), "-c", str(SOURCES / f"{name}.bpf.c"), "-o", str(target)])
+def compile_program(source: Path, out: Path) -> bool:
+    """Compile `source`, a .bpf.c, into a .bpf.o in `out`; as `build`."""
+    clang = shutil.which("clang")
+    if clang is None:
+        return _complain("clang is not here: install clang (and llvm), or hear by sampling only")
+    target = out / source.with_suffix(".o").name
+    done = _run([clang, *_flags(), "-c", str(source), "-o", str(target)])
     strip = shutil.which("llvm-strip")
     # Only the DWARF goes; BTF stays. Without the tool the object is larger, and works as well.
     return done and (strip is None or _run([strip, "-g", str(target)]))
