@@ -74,6 +74,7 @@ def examine(machine: Machine) -> Iterator[Check]:
     yield kernel(machine)
     yield proc_connector()
     yield pressure(machine)
+    yield sockets()
     yield cpu_timers()
     yield perf_paranoid(machine)
     yield btf(machine)
@@ -170,6 +171,15 @@ def pressure(machine: Machine) -> Check:
         return Check(Verdict.OK, what, "memory, cpu and io pressure are heard")
     remedy = "boot with psi=1, on a kernel with CONFIG_PSI"
     return Check(Verdict.WARN, what, "no pressure resources, and low memory is found by sampling", remedy)
+
+
+def sockets() -> Check:
+    from limitfs.resources import ABSENT
+
+    missing = ABSENT.get("channels") or ABSENT.get("connections")
+    if missing:
+        return Check(Verdict.WARN, "sock_diag", "no channels and no connections", missing)
+    return Check(Verdict.OK, "sock_diag", "channels and connections are counted")
 
 
 class _SigEvent(ctypes.Structure):

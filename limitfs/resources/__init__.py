@@ -11,7 +11,7 @@ from limitfs.resources.sockets import Channels, Connections, Sockets
 from limitfs.resources.stack import Stack
 from limitfs.resources.tasks import Processes, Threads
 
-__all__ = ["RESOURCES", "at", "kinds"]
+__all__ = ["ABSENT", "RESOURCES", "at", "kinds"]
 
 
 def kinds() -> list[Resource]:
@@ -24,9 +24,12 @@ def kinds() -> list[Resource]:
     ]  # fmt: skip
 
 
-RESOURCES: dict[str, Resource] = {
-    each.name: each for each in kinds() if not isinstance(each, Pressure | Sockets) or each.present()
+ABSENT: dict[str, str] = {
+    each.name: why for each in kinds() if isinstance(each, Pressure | Sockets) and (why := each.missing())
 }
+"""What this kernel does not tell, by its name, and why."""
+
+RESOURCES: dict[str, Resource] = {each.name: each for each in kinds() if each.name not in ABSENT}
 """Every resource of this kernel by its name."""
 
 

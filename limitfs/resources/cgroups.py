@@ -261,6 +261,19 @@ def home(partition: Partition) -> Hierarchy:
     raise _gone(partition.path)
 
 
+def belongs(pid: int, partition: Partition) -> bool:
+    """Whether a process is in a partition, or in one below it; nobody is in one that was removed.
+
+    Raises:
+        Gone: the process ended.
+    """
+    try:
+        there = home(partition)
+    except Gone:
+        return False
+    return any(hierarchy == there and within(path, partition.path) for hierarchy, path in places(pid))
+
+
 def _key(hierarchy: Hierarchy) -> frozenset[str]:
     return hierarchy.controllers & _controllers()
 

@@ -110,7 +110,7 @@ def concerns(heard: Target, each: bool, changed: Process | Partition) -> bool:
         case Partitions(), Partition():
             return True
         case Processes(of=Partition() as partition), Process(pid=pid):
-            return cgroups.within(cgroups.of(pid) or cgroups.ROOT, partition.path)
+            return cgroups.belongs(pid, partition)
         case Processes(of=Group() as group), Process():
             return changed in group.processes()
         case Processes(), Process():

@@ -25,13 +25,13 @@ class Pressure(Resource):
     knob: ClassVar[Knob]
 
     @classmethod
-    def present(cls) -> bool:
-        """Whether this kernel keeps it; where PSI is built in but switched off the file exists, unreadable."""
+    def missing(cls) -> str | None:
+        """Why this kernel does not keep it, if so; where PSI is only switched off the file exists, unreadable."""
         try:
             procfs.psi(cls.path)
         except Unsupported:
-            return False
-        return True
+            return f"no {cls.path}: boot with psi=1, on a kernel with CONFIG_PSI"
+        return None
 
     def usage(self, target: Measured) -> float:
         """Percent of time stalled over the last 10 s, by the kernel's own average."""

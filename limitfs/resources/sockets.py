@@ -124,14 +124,15 @@ class Sockets(Resource):
         self._listed = listed
 
     @classmethod
-    def present(cls) -> bool:
-        """Whether this kernel lists its sockets."""
+    def missing(cls) -> str | None:
+        """Why this kernel does not list its sockets, if so."""
         try:
             with SockDiag() as diag:
                 cls.choose(diag)
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+            return f"sock_diag: {why}; needs the modules unix_diag, tcp_diag and udp_diag"
+        return None
 
     @staticmethod
     @abstractmethod

@@ -27,6 +27,8 @@ EXAMPLES = int(os.environ.get("LIMITFS_EXAMPLES", 8))
 RESOURCES = ("fds", "threads", "processes")
 BATCH = 4 * 64 * (os.cpu_count() or 1) * mmap.PAGESIZE
 """Bytes of a process that the kernel may not have added up yet; lib/percpu_counter.c."""
+CHOSEN = "group/chosen"
+"""Who is in the first cgroup or below, and has not executed another program."""
 MOST = 12
 """Workers and their children at a time."""
 
@@ -53,6 +55,13 @@ def fresh(pids: list[int]) -> dict[str, int]:
         "threads": sum(listed(f"/proc/{pid}/task") for pid in pids),
         "processes": len(pids),
     }
+
+
+def comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except OSError:
+        return ""
 
 
 def resident(pid: int) -> int:
@@ -83,9 +92,13 @@ class Trees(RuleBasedStateMachine):
 
     @initialize()
     def arm(self) -> None:
-        for group in self.groups:
+        os.mkdir(self.limits / CHOSEN)
+        self.limits.write(f"{CHOSEN}/select", f'partition ~ "^{self.groups[0].path}" && comm != "sleep"')
+        for resource in ("fds", "threads"):
+            self.limits.write(f"{CHOSEN}/{resource}/mode", "sum")
+        for path in (CHOSEN, *(group.tree for group in self.groups)):
             for resource in RESOURCES:
-                self.limits.write(f"{group.tree}/{resource}/threshold", "change")
+                self.limits.write(f"{path}/{resource}/threshold", "change")
 
     # What can happen
 
@@ -164,7 +177,15 @@ class Trees(RuleBasedStateMachine):
     def sums_are_exact(self) -> None:
         for group in self.groups:
             for resource in RESOURCES:
-                self.limits.wait_for(lambda: self._agree(group, resource))  # noqa: B023
+                self.limits.wait_for(lambda: self._agree(group.tree, resource, members(group)))  # noqa: B023
+
+    @invariant()
+    def sums_of_a_group_are_exact(self) -> None:
+        for resource in RESOURCES:
+            self.limits.wait_for(lambda: self._agree(CHOSEN, resource, self._chosen()))  # noqa: B023
+
+    def _chosen(self) -> list[int]:
+        return [pid for pid in members(self.groups[0]) if comm(pid) != "sleep"]
 
     @invariant()
     def memory_is_exact_but_for_batches(self) -> None:
@@ -178,15 +199,18 @@ class Trees(RuleBasedStateMachine):
         told = int(self.limits.read(f"{group.tree}/memory/usage"))
         return abs(told - sum(map(resident, pids))) <= BATCH * len(pids)
 
-    def _agree(self, group: Cgroup, resource: str) -> bool:
-        path = f"{group.tree}/{resource}"
-        expected = fresh(members(group))[resource]
+    def _agree(self, tree: str, resource: str, pids: list[int]) -> bool:
+        path = f"{tree}/{resource}"
+        expected = fresh(pids)[resource]
         told = self.limits.state(f"{path}/state")["value"]
         return int(self.limits.read(f"{path}/usage")) == expected and told == str(expected)
 
     def teardown(self) -> None:
         while self.workers:
             self.kill_worker(0)
+        for resource in RESOURCES:
+            self.limits.write(f"{CHOSEN}/{resource}/threshold", "off")
+        os.rmdir(self.limits / CHOSEN)
         for made in reversed(self._cgroups):
             made.__exit__(None, None, None)
 

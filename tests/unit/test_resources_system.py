@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from limitfs.errors import Unsupported
-from limitfs.resources import RESOURCES, at, kinds, procfs
+from limitfs.resources import ABSENT, RESOURCES, at, kinds, procfs
 from limitfs.resources.model import Level, System
 from limitfs.resources.pressure import CpuPressure, Pressure
 from limitfs.resources.sockets import Channels, Connections
@@ -23,8 +23,9 @@ TABLE = [
 def test_the_table_is_in_the_manual_s_order() -> None:
     assert [each.name for each in kinds()] == TABLE
     missing = {name for name in TABLE if name.endswith("_pressure") and not os.path.exists("/proc/pressure")}
-    missing |= {each.name for each in (Channels(), Connections()) if not each.present()}
+    missing |= {each.name for each in (Channels(), Connections()) if each.missing()}
     assert list(RESOURCES) == [name for name in TABLE if name not in missing]
+    assert set(ABSENT) == missing
     assert all(each.name == name and each.help and each.levels for name, each in RESOURCES.items())
 
 
@@ -78,7 +79,7 @@ def test_pressure_is_a_rate_of_a_counter(name: str) -> None:
 
 def test_without_pressure_files_there_is_no_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuPressure, "path", "/proc/no-such-file")
-    assert not CpuPressure.present()
+    assert CpuPressure.missing() == "no /proc/no-such-file: boot with psi=1, on a kernel with CONFIG_PSI"
 
 
 def test_what_is_no_rate_has_no_counter() -> None:
