@@ -443,6 +443,24 @@ def test_watches_do_not_disturb_each_other(reactor: Turned, source: BpfFds, help
     assert [heard.total for heard in listeners] == [1, 2, 2, 0, 0]
 
 
+def test_one_of_two_watches_goes(reactor: Turned, source: BpfFds, helper: MakeHelper) -> None:
+    child, other = helper(), helper()
+    targets = [procfs.identify(one.pid) for one in (child, child, other)]
+    heard = [Alarmed(level=base_fds(target.pid) + 1) for target in targets]
+    first, second, third = (
+        source.arm(want(FDS, target, f">= {who.level}"), who) for target, who in zip(targets, heard, strict=True)
+    )
+    first.disarm()
+    child.do("os.close(os.dup(0))")
+    other.end()
+    settle(reactor)
+    assert [who.total for who in heard] == [0, 1, 0]
+    third.disarm()
+    assert any(source.engine.control.marks), "one is watched"
+    second.disarm()
+    assert not any(source.engine.control.marks), "nobody is"
+
+
 def test_disarmed_hears_nothing_and_leaves_no_hook(reactor: Turned, source: BpfFds, helper: MakeHelper) -> None:
     child = helper()
     base = base_fds(child.pid)

@@ -22,6 +22,7 @@ from limitfs.hearing.bpf.layout import (
     EVERY,
     EVERY_CGROUP,
     GROUP,
+    MARKS,
     PROCESS,
     WATCHES,
     Config,
@@ -169,6 +170,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._clients: dict[int, Client] = {}
         self._configs: dict[int, tuple[int, list[Watch]]] = {}
+        self._marked: Counter[int] = Counter()
         # How many scopes have the hooks look for what: thousands may be watched, and each is counted once.
         self._breadths: Counter[Wide] = Counter()
         self._dropped = 0
@@ -398,25 +400,43 @@ class Engine:
         """The process has ended: the kernel has dropped its watches by itself."""
         if self._configs.get(scope, (None, []))[0] == start:
             del self._configs[scope]
+            self._mark(scope, -1)
 
     def _store(self, scope: int, start: int, watches: list[Watch]) -> None:
         assert self._object is not None
         configs = self._object.map("configs")
         _start, before = self._configs.get(scope, (None, []))
         if watches:
+            if not before:
+                self._mark(scope, 1)
             config = Config(start=start, count=len(watches))
             config.watches[: len(watches)] = watches
             try:
                 configs.update(ctypes.c_uint64(scope), config)
             except BpfError as error:
+                if not before:
+                    self._mark(scope, -1)
                 raise Refused(str(error)) from error
             self._configs[scope] = start, watches
         else:
-            self._configs.pop(scope, None)
             configs.delete(ctypes.c_uint64(scope))
+            if before:
+                del self._configs[scope]
+                self._mark(scope, -1)
         self._breadths[_breadth(scope, before)] -= 1
         self._breadths[_breadth(scope, watches)] += 1
         self._set_wide()
+
+    def _mark(self, scope: int, more: int) -> None:
+        """Of a process: one more or one less is watched whose bit is this one."""
+        if not PROCESS <= scope < EVERY_CGROUP:
+            return
+        slot = scope % MARKS
+        self._marked[slot] += more
+        word, bit = self.control.marks[slot // 32], 1 << slot % 32
+        self.control.marks[slot // 32] = word | bit if self._marked[slot] else word & ~bit
+        if not self._marked[slot]:
+            del self._marked[slot]
 
     def _set_wide(self) -> None:
         """What the hooks look for beyond single processes."""

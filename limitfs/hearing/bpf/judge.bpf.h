@@ -955,12 +955,24 @@ __noinline int follow(__u64 owner)
 
 /* Events */
 
+/*
+ * What is watched on one process. The bit spares all others the map, which
+ * would be most of what they pay; some share theirs with a watched one.
+ */
+static __always_inline const struct config *config_of(__u32 tgid)
+{
+	__u64 scope = LIMITFS_PROCESS | tgid;
+	__u32 slot = tgid % LIMITFS_MARKS;
+
+	if (!(control.marks[slot / 32] >> slot % 32 & 1))
+		return NULL;
+	return bpf_map_lookup_elem(&configs, &scope);
+}
+
 /* Whether anything is to be heard of this process. */
 static __always_inline bool concerns(__u32 tgid)
 {
-	__u64 scope = LIMITFS_PROCESS | tgid;
-
-	return control.wide || bpf_map_lookup_elem(&configs, &scope);
+	return control.wide || config_of(tgid);
 }
 
 /* The number that a pointer is: the verifier lets none be computed with. */
@@ -1048,8 +1060,7 @@ __noinline int count_as(__u64 task, __u64 owner, __u32 how)
  */
 static __always_inline void look_as(__u64 task, __u64 owner, __u32 tgid, __u32 planting)
 {
-	__u64 scope = LIMITFS_PROCESS | tgid;
-	const struct config *c = bpf_map_lookup_elem(&configs, &scope);
+	const struct config *c = config_of(tgid);
 	__u32 leaf;
 
 	if (!c && !control.wide)

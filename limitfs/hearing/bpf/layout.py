@@ -7,6 +7,7 @@ WATCHES = 16
 STATES = 65536
 GROUPS = 8
 DEPTH = 16
+MARKS = 65536
 EVERY = 1
 GROUP = 1 << 62
 PROCESS = 1 << 63
@@ -173,6 +174,7 @@ class Control(ctypes.Structure):
         ("dropped", _u64),
         ("full", _u64),
         ("heard", _u64),
+        ("marks", _u32 * (MARKS // 32)),
     )
 
 

@@ -24,6 +24,9 @@
 /* Groups that one process is in. */
 #define LIMITFS_GROUPS 8
 
+/* Bits that tell which processes may be watched; a power of two. */
+#define LIMITFS_MARKS 65536
+
 /* Bytes; a record is 80 with its header. The counters live in the maps. */
 #define LIMITFS_RING (256 * 1024)
 
@@ -205,6 +208,7 @@ struct control {
 	__u64 dropped;	/* records that the ring did not take */
 	__u64 full;	/* states, shares and totals that had no room */
 	__u64 heard;	/* of those, how many user space knows of */
+	__u32 marks[LIMITFS_MARKS / 32];	/* by process number: nothing is watched on one whose bit is clear */
 };
 
 #endif

@@ -559,7 +559,7 @@ def _table_hooks(before: str, after: str) -> tuple[frozenset[str], ...]:
 
 def _more_table_hooks(after: str) -> frozenset[str]:
     """Functions that some kernels have, and that see what the others do not."""
-    names = ["put_unused_fd", "replace_fd", "__x64_sys_dup2", "file_close_fd", "file_close_fd_locked"]
+    names = ["put_unused_fd", "replace_fd", "__x64_sys_dup2", "file_close_fd", "io_close"]
     names += ["close_fd_get_file", "__close_fd_get_file"]
     names += ["__ia32_sys_dup2", "__ia32_sys_dup3", "__ia32_sys_close_range"]
     return frozenset(after + name for name in names)
