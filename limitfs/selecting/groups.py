@@ -76,12 +76,13 @@ class Group(model.Group):
 
     @property
     def hearing(self) -> str:
-        """How membership is known: "on demand", "connector", "connector, sampled" or "sampled"."""
+        """How membership is known: "on demand", or what tells, with commas between."""
         if self not in self._live:
             return "on demand"
         if self._live.sampled:
             return "sampled"
-        return "connector, sampled" if self.looks else "connector"
+        hook = ["sched_process"] if "partition" in self.asks and "partition" in self._live.told else []
+        return ", ".join(["connector", *hook, *(["sampled"] if self.looks else [])])
 
     @property
     def period(self) -> float | None:
@@ -161,7 +162,9 @@ class Group(model.Group):
     @property
     def looks(self) -> bool:
         """Whether some of these change without the kernel telling."""
-        return self._expression is not None and any(not column.told for column in self._expression.columns)
+        if self._expression is None:
+            return False
+        return any(not column.told and column.name not in self._live.told for column in self._expression.columns)
 
     def hold(self, row: Row, newborn: bool = False) -> bool:
         """Take the process of `row` in or out; whether that changed anything. Never raises."""

@@ -3,7 +3,7 @@
 Births, ends, programs, names and users are told by the proc connector. What changes without a message (parent,
 state, use) is looked at again and again, but only of processes for which it decides: whoever is out of a group by
 its name needs no second look until it has another name. Without a connector everything is looked at. A partition
-is looked at too, but where the kernel's hooks work they tell of it at once.
+is looked at too, where the kernel's hooks do not work, which tell of it at once.
 
 Nothing is subscribed to and nothing runs while no group is followed.
 """
@@ -109,6 +109,11 @@ class Live:
             if not self._groups:
                 self._end()
             self._schedule(self.period)
+
+    @property
+    def told(self) -> frozenset[str]:
+        """Columns of which hooks tell every change, though the connector tells none."""
+        return frozenset() if self._end_moves is None else frozenset({"partition"})
 
     # What the kernel tells: `Owner` of limitfs/hearing/membership.py
 

@@ -165,9 +165,15 @@ def test_moves_are_told(reactor: Turned, helper: MakeHelper) -> None:
         others = Following(selecting(groups, "pid == 1"))
         assert not tellers
         follower = Following(group)
+        assert (group.hearing, group.period) == ("connector, sched_process", None)
         there.take(child.pid)
+        reactor.quiet(1.5)
+        assert not follower.now, "nobody looks"
         tellers[0](procfs.identify(child.pid))
-        assert follower.has(child.pid), "at once"
+        assert follower.has(child.pid)
+        group.set_select(f'partition == "{there.path}" && memory > 0')
+        assert group.hearing == "connector, sched_process, sampled"
+        assert follower.has(child.pid)
         follower.end()
         assert not tellers
         others.end()

@@ -1,4 +1,4 @@
-"""A real boot: the package, systemd and a stock kernel. Minutes, run by `-m vm`; see README.md."""
+"""A real boot: the package, systemd and a stock kernel, which takes minutes; see README.md."""
 
 from pathlib import Path
 

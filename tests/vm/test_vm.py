@@ -1,7 +1,9 @@
-"""The kernel-facing tests under stock kernels. Minutes, run by `-m vm`; see README.md."""
+"""The kernel-facing tests under stock kernels, which take minutes each; see README.md."""
 
 import collections
+import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,11 @@ SKIPPED = 77
 
 LAST_LINES = 150
 """Of a failed run."""
+
+LATEST = float(os.environ.get("LIMITFS_VM_MINUTES", "inf")) * 60
+"""Seconds after which no machine is begun any more."""
+
+BEGUN = time.monotonic()
 
 RUNS = subprocess.run([RUN, "--list"], capture_output=True, text=True, check=True).stdout.split()
 
@@ -23,6 +30,8 @@ def test_under(run: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 def passes(script: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     """Run it, and show what happens there as it happens."""
+    if time.monotonic() - BEGUN > LATEST:
+        pytest.skip(f"OUT OF TIME, NOT TESTED: {' '.join(script)} was not begun after {LATEST / 60:.0f} minutes")
     lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
     command = subprocess.Popen(
         script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
