@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["kernelkit"]
+
 PATIENCE = float(os.environ.get("LIMITFS_PATIENCE", 30))
 """Seconds to wait for what must happen; a test that needs them fails. An emulated machine is slow."""
 

@@ -1,4 +1,7 @@
-"""Sources against the real kernel: a reactor that is turned by hand, and a listener that remembers."""
+"""Sources against the real kernel: a reactor that is turned by hand, and a listener that remembers.
+
+A plug-in of pytest, for its fixtures: see pytest_plugins in conftest.py.
+"""
 
 import contextlib
 import os
@@ -7,8 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+from cgroupkit import Cgroup, cgroup
+
 from conftest import PATIENCE
+from limitfs.hearing.connector import Connector
 from limitfs.hearing.cputimer import block_signal
+from limitfs.hearing.deaths import Deaths
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.source import Want, Witness
 from limitfs.resources import members
@@ -80,6 +88,34 @@ def turned() -> Iterator[Turned]:
         fd for fd in os.listdir("/proc/self/fd") if fd not in before and os.path.lexists(f"/proc/self/fd/{fd}")
     }
     assert not {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in left - helpers_pipes(left)}
+
+
+@pytest.fixture
+def reactor() -> Iterator[Turned]:
+    with turned() as made:
+        yield made
+
+
+@pytest.fixture
+def connector(reactor: Turned) -> Connector:
+    return Connector(reactor)
+
+
+@pytest.fixture
+def deaths(reactor: Turned) -> Deaths:
+    return Deaths(reactor)
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def group() -> Iterator[Cgroup]:
+    """A cgroup of the unified hierarchy."""
+    with cgroup() as made:
+        yield made
 
 
 def helpers_pipes(fds: set[str]) -> set[str]:

@@ -24,12 +24,6 @@ FDS = Fds()
 MakeHelper = Callable[..., Any]
 
 
-@pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as reactor:
-        yield reactor
-
-
 @pytest.fixture(scope="module")
 def loaded_once() -> Iterator[BpfFds]:
     """As in a daemon: loading takes an emulated machine longer than a test."""

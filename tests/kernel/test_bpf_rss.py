@@ -10,7 +10,7 @@ import pytest
 from test_bpf_kit import Alarmed, links, loaded, settle
 
 from conftest import EXCURSIONS
-from kernelkit import Turned, turned, want
+from kernelkit import Turned, want
 from limitfs.hearing.bpf.source import BpfRss
 from limitfs.resources import procfs
 from limitfs.resources.memory import Memory, Shared
@@ -29,12 +29,6 @@ MAPPED = (
     "    m.madvise(mmap.MADV_DONTNEED)\n"
     "for _ in range(100): excursion(200)"
 )
-
-
-@pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as reactor:
-        yield reactor
 
 
 @pytest.fixture

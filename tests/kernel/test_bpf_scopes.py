@@ -12,7 +12,7 @@ from cgroupkit import Cgroup, cgroup
 from test_bpf_kit import Alarmed, base_fds, links, loaded, settle
 
 from conftest import EXCURSIONS
-from kernelkit import Turned, begin, turned, want
+from kernelkit import Turned, begin, want
 from limitfs.errors import Gone
 from limitfs.hearing.bpf.layout import EVERY, STATES, Kind, Member, State
 from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks
@@ -86,12 +86,6 @@ def tree() -> Iterator[Tree]:
         pytest.skip("no unified hierarchy is mounted")
     with cgroup() as top:
         yield Tree(top)
-
-
-@pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as reactor:
-        yield reactor
 
 
 @pytest.fixture

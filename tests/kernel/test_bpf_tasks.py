@@ -11,7 +11,7 @@ from cgroupkit import cgroup
 from test_bpf_kit import Alarmed, links, loaded, settle
 
 from conftest import EXCURSIONS
-from kernelkit import Turned, turned, want
+from kernelkit import Turned, want
 from limitfs.hearing.births import Birth
 from limitfs.hearing.bpf.layout import Kind
 from limitfs.hearing.bpf.source import BpfTasks
@@ -22,12 +22,6 @@ from limitfs.resources.tasks import Threads
 THREADS = Threads()
 
 MakeHelper = Callable[..., Any]
-
-
-@pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as reactor:
-        yield reactor
 
 
 @pytest.fixture
@@ -102,7 +96,7 @@ def test_lives_after_a_loss(reactor: Turned, source: BpfTasks, helper: MakeHelpe
     births: list[Birth] = []
     end = source.births(births.append)
     child = helper()
-    count = 2 * 4096
+    count = 2048  # two records each, of which the ring holds some 3,200
     child.do(f"for _ in range({count}): os.waitpid(os.fork() or os._exit(0), 0)")
     reactor.until(lambda: any(b.kind == "lost" for b in births))
     told = len(births)

@@ -5,14 +5,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from kernelkit import Heard, Turned, turned, want
+from kernelkit import Heard, Turned, want
 from limitfs.errors import Gone
 from limitfs.hearing import connector as module
 from limitfs.hearing.births import Birth, ConnectorBirths
@@ -40,25 +40,9 @@ def leave():
 
 
 @pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
-
-
-@pytest.fixture
-def connector(reactor: Turned) -> Connector:
-    return Connector(reactor)
-
-
-@pytest.fixture
 def source(reactor: Turned, connector: Connector) -> ConnectorSource:
     deaths = Deaths(reactor)
     return ConnectorSource(reactor, connector, deaths, Membership(reactor, connector, deaths))
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 def fork_and_end(count: int, status: int = 0) -> list[int]:

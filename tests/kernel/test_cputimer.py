@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from kernelkit import Heard, Turned, begin, burn, turned, want
+from kernelkit import Heard, Turned, begin, burn, want
 from limitfs.errors import Gone
 from limitfs.hearing import cputimer
 from limitfs.hearing.connector import Connector
@@ -26,12 +26,6 @@ MakeHelper = Callable[..., Any]
 
 
 @pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
-
-
-@pytest.fixture
 def timers(reactor: Turned) -> CpuTimers:
     return CpuTimers(reactor)
 
@@ -40,11 +34,6 @@ def timers(reactor: Turned) -> CpuTimers:
 def source(reactor: Turned, timers: CpuTimers) -> CpuTimerSource:
     deaths = Deaths(reactor)
     return CpuTimerSource(reactor, timers, deaths, Membership(reactor, Connector(reactor), deaths))
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 def used(child: Any) -> float:

@@ -2,12 +2,12 @@
 
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from kernelkit import Turned, begin, turned
+from kernelkit import Turned, begin
 from limitfs.errors import Gone
 from limitfs.hearing.deaths import Deaths
 from limitfs.hearing.source import Refused
@@ -15,17 +15,6 @@ from limitfs.resources import procfs
 from limitfs.resources.model import Process
 
 MakeHelper = Callable[..., Any]
-
-
-@pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
-
-
-@pytest.fixture
-def deaths(reactor: Turned) -> Deaths:
-    return Deaths(reactor)
 
 
 def test_the_end_is_told_once_to_each(reactor: Turned, deaths: Deaths, helper: MakeHelper) -> None:

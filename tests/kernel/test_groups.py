@@ -3,14 +3,14 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from cgroupkit import cgroup
 
 from conftest import NOBODY
-from kernelkit import Turned, turned
+from kernelkit import Turned
 from limitfs.errors import Busy, Exists, Impossible, Invalid, Quota
 from limitfs.hearing.connector import Connector, Lost
 from limitfs.hearing.deaths import Deaths
@@ -48,12 +48,6 @@ class Following:
 
     def about(self, pid: int) -> list[str]:
         return [what for what, who in self.told if who == pid]
-
-
-@pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
 
 
 @pytest.fixture

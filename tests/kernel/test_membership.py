@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from cgroupkit import Cgroup, cgroup, hierarchy_of
 from test_bpf_kit import loaded
 
-from kernelkit import Heard, Turned, begin, burn, turned, want
+from kernelkit import Heard, Turned, begin, burn, want
 from limitfs.hearing.bpf.source import BpfTasks
 from limitfs.hearing.connector import Connector, missing
 from limitfs.hearing.counting import ConnectorSource
@@ -30,22 +30,6 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason="the connector doe
 
 
 @pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
-
-
-@pytest.fixture
-def connector(reactor: Turned) -> Connector:
-    return Connector(reactor)
-
-
-@pytest.fixture
-def deaths(reactor: Turned) -> Deaths:
-    return Deaths(reactor)
-
-
-@pytest.fixture
 def membership(reactor: Turned, connector: Connector, deaths: Deaths) -> Membership:
     return Membership(reactor, connector, deaths)
 
@@ -58,17 +42,6 @@ def timers(reactor: Turned, deaths: Deaths, membership: Membership) -> CpuTimerS
 @pytest.fixture
 def counting(reactor: Turned, connector: Connector, deaths: Deaths, membership: Membership) -> ConnectorSource:
     return ConnectorSource(reactor, connector, deaths, membership)
-
-
-@pytest.fixture
-def group() -> Iterator[Cgroup]:
-    with cgroup() as made:
-        yield made
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from cgroupkit import Cgroup, cgroup, worker
 
-from kernelkit import Heard, Turned, begin, turned, want
+from kernelkit import Heard, Turned, begin, want
 from limitfs.errors import Gone, Unsupported
 from limitfs.hearing.eachpartition import EachArmed, EachPartition
 from limitfs.hearing.memcg import MemcgSource, Signalled, Thresholds
@@ -25,12 +25,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
-
-
-@pytest.fixture
 def source(reactor: Turned) -> MemcgSource:
     made = MemcgSource(reactor, EachPartition(Directories(reactor), SamplingSource(reactor)))
     if (why := made.missing()) is not None:
@@ -43,11 +37,6 @@ def group(source: MemcgSource) -> Iterator[Cgroup]:
     del source
     with cgroup("memory") as made:
         yield made
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 def take(size: int) -> str:

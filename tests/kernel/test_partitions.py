@@ -1,7 +1,7 @@
 """Partitions come and go, and are heard: the kernel's own cgroups, of every hierarchy that is here."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 from cgroupkit import Cgroup, cgroup, hierarchy_of, worker
 
 from conftest import PATIENCE
-from kernelkit import Heard, Turned, begin, burn, turned, want
+from kernelkit import Heard, Turned, begin, burn, want
 from limitfs.errors import Gone
 from limitfs.hearing import cpus
 from limitfs.hearing.cgroupclock import CgroupClockSource
@@ -30,12 +30,6 @@ from limitfs.resources.pressure import CpuPressure, MemoryPressure
 from limitfs.resources.tasks import Threads
 
 MakeHelper = Callable[..., Any]
-
-
-@pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
 
 
 @pytest.fixture
@@ -59,17 +53,6 @@ def clock(reactor: Turned, directories: Directories, each: EachPartition) -> Cgr
     if (why := source.missing()) is not None:
         pytest.skip(why)
     return source
-
-
-@pytest.fixture
-def group() -> Iterator[Cgroup]:
-    with cgroup() as made:
-        yield made
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 import os
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 
-from kernelkit import Heard, Turned, begin, burn, turned, want
+from kernelkit import Heard, Turned, begin, burn, want
 from limitfs.hearing.eachpartition import EachPartition
 from limitfs.hearing.edges import Edges
 from limitfs.hearing.partitions import Directories
@@ -26,19 +26,8 @@ CPU = CpuPressure.path
 
 
 @pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
-
-
-@pytest.fixture
 def edges(reactor: Turned) -> Edges:
     return Edges(reactor)
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 def source_of(reactor: Turned, edges: Edges) -> PsiSource:

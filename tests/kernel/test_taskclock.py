@@ -1,12 +1,12 @@
 """The task clock of single threads. Each sound has a silent twin."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 
-from kernelkit import Heard, Turned, begin, burn, turned, want
+from kernelkit import Heard, Turned, begin, burn, want
 from limitfs.errors import Gone
 from limitfs.hearing.connector import Connector
 from limitfs.hearing.edges import Edges
@@ -31,19 +31,8 @@ worker.start()
 
 
 @pytest.fixture
-def reactor() -> Iterator[Turned]:
-    with turned() as made:
-        yield made
-
-
-@pytest.fixture
 def source(reactor: Turned) -> TaskClockSource:
     return TaskClockSource(reactor, Edges(reactor), Connector(reactor))
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 def threads_of(child: Any) -> tuple[Thread, Thread]:
