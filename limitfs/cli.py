@@ -15,7 +15,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -95,13 +95,26 @@ def main() -> None:
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, as for mount(8).")
 @click.option("-f", "--foreground", is_flag=True, help="Do not become a daemon; log to standard error.")
 @click.option("--mkdir", is_flag=True, help="Make DIR if it does not exist.")
+@click.option("--respawn", is_flag=True, help="Start the daemon again when it crashed or hangs.")
+@click.option("--pid-file", metavar="FILE", help="With --respawn: write the number of the process that does so.")
 @click.option("-v", "--verbose", count=True, help="Log more: -v what happens, -vv everything.")
-def mount(directory: str, options: tuple[str, ...], foreground: bool, mkdir: bool, verbose: int) -> None:
+def mount(
+    directory: str,
+    options: tuple[str, ...],
+    foreground: bool,
+    mkdir: bool,
+    respawn: bool,
+    pid_file: str | None,
+    verbose: int,
+) -> None:
     """Mount limitfs at DIR, an existing directory.
 
     Returns when the mount answers, with a daemon behind it. The daemon logs to syslog; where there is none, to
     the file of -o log=FILE or else to /var/log/limitfs.log. A mount that a dead daemon left behind at DIR is
     detached first. Where limitfs is mounted already, it says so and exits 1.
+
+    With --respawn the daemon has a parent that starts it again, for machines whose service manager does not; what
+    was armed comes back. It ends with the daemon, after an unmount or SIGTERM.
 
     \b
     Examples:
@@ -109,6 +122,10 @@ def mount(directory: str, options: tuple[str, ...], foreground: bool, mkdir: boo
       limitfs mount ~/limits                    for yourself, without root
       limitfs mount /limits -f -v               watch it work; Ctrl-C unmounts
     """
+    if foreground and respawn:
+        raise click.UsageError("--respawn is for a daemon, not with --foreground")
+    if pid_file is not None and not respawn:
+        raise click.UsageError("--pid-file goes with --respawn")
     chosen = _parse_options(options)
     mountpoint = mounting.resolve(directory)
     make_way(mountpoint, mkdir=mkdir)
@@ -117,11 +134,20 @@ def mount(directory: str, options: tuple[str, ...], foreground: bool, mkdir: boo
         _log_to(_foreground_handler(), level)
         _finish(_serve_here(mountpoint, chosen))
         return
-    start(mountpoint, chosen, level)
+    start(mountpoint, chosen, level, respawn=respawn, pid_file=os.path.abspath(pid_file) if pid_file else None)
 
 
-def start(mountpoint: str, options: "Options", level: int) -> None:
+def start(
+    mountpoint: str, options: "Options", level: int, *, respawn: bool = False, pid_file: str | None = None
+) -> None:
     """Start a daemon for `mountpoint`, where nothing is in the way, and return when the mount answers.
+
+    Args:
+        mountpoint: as mountinfo has it.
+        options: of the mount.
+        level: of what is logged.
+        respawn: give it a parent that starts it again when it crashed.
+        pid_file: where that parent's number is kept while it runs.
 
     Raises:
         MountError: it cannot be mounted, or does not answer.
@@ -132,13 +158,40 @@ def start(mountpoint: str, options: "Options", level: int) -> None:
         _log_to(_daemon_handler(log_file), level)
         return _serve(mountpoint, options, ready)
 
-    if said := mounting.launch(run):
+    def run_again(ready: Callable[[], None]) -> int:
+        if mounting.is_mounted(mountpoint) and mounting.ask(mountpoint)[0] is Health.ANSWERS:
+            _log.critical("%s was mounted by somebody else", mountpoint)
+            return 0
+        make_way(mountpoint)
+        return run(ready)
+
+    def keep(ready: Callable[[], None]) -> int:
+        _log_to(_daemon_handler(log_file), level)
+        with _pid_in(pid_file):
+            return mounting.keep(run_again, ready)
+
+    if said := mounting.launch(keep if respawn else run):
         click.echo(f"limitfs: {said}", err=True)
     health, _ = mounting.ask(os.path.join(mountpoint, "features"), patience=10)
     if health is not Health.ANSWERS:
         raise MountError(
             f"{mountpoint} is mounted, but its file `features` {health}", "the daemon's log may tell why"
         )
+
+
+@contextlib.contextmanager
+def _pid_in(path: str | None) -> Iterator[None]:
+    """Keep the number of this process in a file. Raises OSError."""
+    if path is None:
+        yield
+        return
+    with open(path, "w") as file:
+        file.write(f"{os.getpid()}\n")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _parse_options(options: Iterable[str]) -> "Options":
@@ -311,11 +364,11 @@ def _places(directory: str | None) -> list[str]:
 
 
 def _show_mount(mountpoint: str) -> bool:
-    health, _ = mounting.ask(mountpoint)
+    # One question: between two, the mount might be taken away, and the directory below it answer.
+    health, text = mounting.ask(os.path.join(mountpoint, "state"), text=True)
     click.echo(f"{mountpoint} {health}")
     if health is not Health.ANSWERS:
         return False
-    _, text = mounting.ask(os.path.join(mountpoint, "state"), text=True)
     for line in text.splitlines():
         click.echo(f"  {line}")
     return True
@@ -381,7 +434,8 @@ def check(files: tuple[str, ...]) -> None:
     """Check files of rules, without a mount.
 
     Those named, or all that a mount would read. Says what is wrong, as file:line: reason, with the line and a
-    caret under the place. What depends on the machine, such as whether a partition exists, only a mount can tell.
+    caret under the place; and which rules would wait, as their partition is not there now, which is no fault. What
+    else depends on the machine, such as a limit to take a percentage of, only a mount can tell.
 
     \b
     Examples:
@@ -399,6 +453,8 @@ def check(files: tuple[str, ...]) -> None:
     faults = list(checks.check(found))
     for fault in faults:
         click.echo(fault.pointed())
+    for remark in checks.remarks(found):
+        click.echo(remark)
     _finish(1 if faults else 0)
 
 

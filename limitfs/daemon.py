@@ -15,6 +15,7 @@ import trio
 
 from limitfs import __version__, mounting, service
 from limitfs.errors import LimitsError
+from limitfs.hearing.arrivals import Arrivals
 from limitfs.hearing.reactor import Reactor
 from limitfs.hearing.sources import Hearing
 from limitfs.options import NONE, Options
@@ -129,7 +130,9 @@ class Daemon:
         self.store = Store(None if options.state == NONE else options.state, mountpoint, self._call_later)
         self.house.recall = Recall(self._shell, self.house, self.store)
         registry.changed = self.house.recall.watcher_changed
-        self.house.rules = Ruling(self._shell(0), _directories(options), self.store)
+        self.house.rules = Ruling(
+            self._shell(0), _directories(options), self.store, Arrivals(self.hearing.directories)
+        )
         self.detached = False
         self._terminated = False
         self._unmounted = False
@@ -240,6 +243,7 @@ class Daemon:
     def close(self) -> None:
         """Disarm everything, where the process goes on."""
         self.let_go()
+        self.house.rules.close()
         for watcher in list(self.house.registry):
             try:
                 watcher.end()

@@ -28,15 +28,17 @@ class LimitsError(Exception):
         message: what is wrong, in a few words.
         hint: what would be right, if that can be said.
         picture: what was written, in lines that show where it is wrong; told in place of it.
+        at: how many characters of what was written come before what is wrong.
     """
 
     errno: int = errno.EINVAL
 
-    def __init__(self, message: str, hint: str = "", picture: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", picture: str = "", at: int = 0) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.picture = picture
+        self.at = at
 
 
 class Invalid(LimitsError):

@@ -22,6 +22,11 @@ from typing import NoReturn
 
 FSTYPE = "fuse.limitfs"
 READY = b"\0"
+RESPAWN_PAUSE = 1.0
+"""Seconds before a daemon that crashed is started again; twice as long each time that this does not help."""
+LONGEST_RESPAWN_PAUSE = 10.0
+WATCHDOG_USEC = 30_000_000
+"""As the service has it; see `limitfs.service.attend`."""
 START_PATIENCE = 300.0
 """Seconds for a daemon to get ready: a machine that is too busy, or emulated, takes minutes to load the hooks."""
 
@@ -236,13 +241,22 @@ def launch(serve: Callable[[Callable[[], None]], int], patience: float = START_P
 
 
 def _become_daemon(serve: Callable[[Callable[[], None]], int], writer: int) -> NoReturn:
-    status = 1
     try:
         # A child of init's: nobody waits for it, and it leads no group of processes.
         if os.fork():
             os._exit(0)
         _let_go(writer)
-        status = serve(_ready)
+    except BaseException as error:
+        os.write(writer, explain(error).encode(errors="replace") + b"\n")
+        os._exit(1)
+    _serve_and_exit(serve, _ready)
+
+
+def _serve_and_exit(serve: Callable[[Callable[[], None]], int], ready: Callable[[], None]) -> NoReturn:
+    """All that this process does from now on; why it failed goes to the log and to standard error."""
+    status = 1
+    try:
+        status = serve(ready)
     except BaseException as error:
         # Without a handler, logging would print the traceback where the user expects words.
         if _log.hasHandlers():
@@ -269,6 +283,83 @@ def _ready() -> None:
     os.setsid()
     os.write(2, READY)
     os.dup2(0, 2)
+
+
+def keep(serve: Callable[[Callable[[], None]], int], ready: Callable[[], None]) -> int:
+    """Run `serve` in a child, and in another one whenever that crashed: where no service manager does so.
+
+    A child that hangs ends itself, as it does under systemd. Signals that end or reload a daemon are passed on.
+
+    Args:
+        serve: as for `launch`.
+        ready: called here once the first child is ready; one that ends before is not started again.
+
+    Returns:
+        The exit code of the last child: it ended because somebody wanted it to.
+    """
+    code, was_ready = _serve_apart(serve, ready)
+    pause = RESPAWN_PAUSE
+    while was_ready and code not in _MEANT:
+        _log.critical(
+            "the daemon %s: starting it again", f"was killed by signal {-code}" if code < 0 else "failed"
+        )
+        time.sleep(pause)
+        began = time.monotonic()
+        code, _ = _serve_apart(serve, _nothing)
+        lived = time.monotonic() - began
+        pause = RESPAWN_PAUSE if lived > LONGEST_RESPAWN_PAUSE else min(pause * 2, LONGEST_RESPAWN_PAUSE)
+    return max(code, 0)
+
+
+_MEANT = (0, -signal.SIGTERM, -signal.SIGINT)
+"""Exit codes of a daemon that is to be no more; the last two until it listens for these signals."""
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _serve_apart(serve: Callable[[Callable[[], None]], int], ready: Callable[[], None]) -> tuple[int, bool]:
+    """Run `serve` in a child until it ends; gives its exit code (a signal: negative), and whether it got ready."""
+    reader, writer = os.pipe()
+    # What comes before somebody is there to pass it on to waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        os.environ["WATCHDOG_USEC"] = str(WATCHDOG_USEC)
+        _serve_and_exit(serve, lambda: _tell_ready(writer))
+    os.close(writer)
+    meant: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        if number != signal.SIGHUP:
+            meant.append(number)
+        os.kill(child, number)
+
+    for number in _PASSED_ON:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    was_ready = bool(os.read(reader, 1))
+    os.close(reader)
+    if was_ready:
+        ready()
+    # It keeps its number until it is waited for: no signal goes to another process.
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    for number in _PASSED_ON:
+        signal.signal(number, signal.SIG_DFL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    # Also one that hung, and then ended in another way.
+    return 0 if meant else code, was_ready
+
+
+def _tell_ready(writer: int) -> None:
+    os.setsid()
+    os.write(writer, READY)
+    os.close(writer)
+    os.dup2(0, 2)
+
+
+def _nothing() -> None:
+    """Nobody waits for a daemon that was started again."""
 
 
 def _await_ready(reader: int, patience: float) -> str:

@@ -21,6 +21,8 @@ DIRECTORIES = ("/etc/limitfs.d", "/run/limitfs.d", "/usr/lib/limitfs.d")
 SUFFIX = ".conf"
 LARGEST = 1 << 20
 """Bytes of one file of rules."""
+LONGEST_NAME = 255
+"""Bytes of one name in a path; see NAME_MAX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ class Fate(enum.StrEnum):
 
     APPLIED = "applied"
     KEPT = "kept"
+    WAITING = "waiting"
+    """Its partition is not there; it is applied when it comes."""
     UNDONE = "undone"
     LEFT = "left"
     """It went, but somebody had changed by hand what it did: that stays."""
@@ -127,28 +131,43 @@ class Fate(enum.StrEnum):
 
 @dataclass(slots=True)
 class Report:
-    """What the latest reading did, for `rules`, the log and `limitfs reload`."""
+    """What the latest reading did, for `rules`, the log and `limitfs reload`; and what became of it since."""
 
-    lines: list[tuple[Fate, str]] = field(default_factory=list)
+    _lines: dict[str | Line, tuple[Fate, str]] = field(default_factory=dict)
+    """By the path of a rule; by the line, where there is none."""
 
-    def add(self, fate: Fate, where: object, path: str, value: str, why: LimitsError | str | None = None) -> None:
+    def add(self, fate: Fate, where: object, path: str, value: str, why: LimitsError | str | None = None) -> bool:
+        """Say what became of the rule on `path`, in place of what was said of it; whether that is news."""
         hint = f"; {why.hint}" if isinstance(why, LimitsError) and why.hint else ""
         said = f": {why}{hint}" if why else ""
-        self.lines.append((fate, f"{where}: {fate}: {plain(path)} = {plain(value)}{said}"))
+        before = self._lines.get(path)
+        self._lines[path] = fate, f"{where}: {fate}: {plain(path)} = {plain(value)}{said}"
+        return self._lines[path] != before
 
     def fault(self, fault: Fault) -> None:
+        """Say that a line is no rule."""
         hint = f"; {fault.error.hint}" if fault.error.hint else ""
-        self.lines.append((Fate.REFUSED, f"{fault.line}: {Fate.REFUSED}: {fault.error}{hint}"))
+        self._lines[fault.line] = Fate.REFUSED, f"{fault.line}: {Fate.REFUSED}: {fault.error}{hint}"
+
+    def about(self, path: str) -> tuple[Fate, str]:
+        """What is said of the rule on `path`."""
+        return self._lines[path]
+
+    @property
+    def lines(self) -> list[tuple[Fate, str]]:
+        """In the order in which they were first said."""
+        return list(self._lines.values())
 
     def of(self, *fates: Fate) -> list[str]:
-        return [line for fate, line in self.lines if fate in fates]
+        """The lines of these fates."""
+        return [line for fate, line in self._lines.values() if fate in fates]
 
     def summary(self) -> str:
         return ", ".join(f"{len(self.of(fate))} {fate}" for fate in Fate)
 
     def text(self) -> str:
         """All of it, what was refused first, the summary last."""
-        lines = [*self.of(Fate.REFUSED), *(line for fate, line in self.lines if fate is not Fate.REFUSED)]
+        lines = [*self.of(Fate.REFUSED), *self.of(*(fate for fate in Fate if fate is not Fate.REFUSED))]
         return "".join(f"{line}\n" for line in [*lines, self.summary()])
 
 
@@ -257,6 +276,8 @@ def _refuse_bad_path(path: str, column: int) -> None:
     names = path.split("/")
     if any(name in ("", ".", "..") for name in names):
         raise _Wrong(column, "a path holds names only", "no `.`, `..` or empty name")
+    if "\0" in path or any(len(os.fsencode(name)) > LONGEST_NAME for name in names):
+        raise _Wrong(column, "no file can have this name", f"at most {LONGEST_NAME} bytes, and no NUL")
     if len(names) == 1:
         raise _Wrong(column, "no rule is about a file of the root", "system/fds/threshold")
     with contextlib.suppress(UnicodeEncodeError):

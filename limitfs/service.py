@@ -66,6 +66,8 @@ async def attend(mountpoint: str, status: Callable[[], str]) -> None:
     hangs, the sign of life fails to come. Then this process ends itself, saying where it hangs, before the service
     manager would: systemd may be a client, too (process 1 looks up the path of a path unit), and wait for us.
 
+    Where there is nobody to tell, but a watchdog's time, the latter is all: `mounting.keep` starts another daemon.
+
     Args:
         mountpoint: what is asked.
         status: a line about the daemon, for people.
@@ -74,14 +76,15 @@ async def attend(mountpoint: str, status: Callable[[], str]) -> None:
     for name in _VARIABLES:
         # Not for what this process starts.
         os.environ.pop(name, None)
-    if not manager:
+    if not manager and manager.interval is None:
         return
     await _answer(mountpoint)
-    manager.tell("READY=1", f"STATUS={status()}")
     try:
+        # Before anybody relies on it.
+        _end_if_it_hangs(manager.interval)
+        manager.tell("READY=1", f"STATUS={status()}")
         while manager.interval is not None:
-            # A thread of C: it needs neither the event loop nor the interpreter.
-            faulthandler.dump_traceback_later(manager.interval * _HANGS, exit=True)
+            _end_if_it_hangs(manager.interval)
             await trio.sleep(manager.interval)
             await _answer(mountpoint)
             manager.tell("WATCHDOG=1", f"STATUS={status()}")
@@ -89,6 +92,13 @@ async def attend(mountpoint: str, status: Callable[[], str]) -> None:
     finally:
         faulthandler.cancel_dump_traceback_later()
         manager.tell("STOPPING=1")
+
+
+def _end_if_it_hangs(interval: float | None) -> None:
+    """Unless this is called again in time."""
+    if interval is not None:
+        # A thread of C: it needs neither the event loop nor the interpreter.
+        faulthandler.dump_traceback_later(interval * _HANGS, exit=True)
 
 
 async def _answer(mountpoint: str) -> None:

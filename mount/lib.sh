@@ -168,6 +168,7 @@ remount_helper=/usr/sbin/mount.fuse.limitfs
 unit=/etc/systemd/system/limitfs.service
 script=/etc/init.d/limitfs
 settings=/etc/default/limitfs
+log=/var/log/limitfs.log
 shipped_rules=/usr/lib/limitfs.d
 own_rules=/etc/limitfs.d
 

@@ -99,8 +99,8 @@ def parse_limit(text: str, unit: Unit) -> tuple[float, float | None]:
         Invalid: not of this form.
         Impossible: more than the kernel can hold, not a whole number, or soft above hard.
     """
-    words = text.split()
-    if words == ["max"]:
+    words = list(re.finditer(r"\S+", text))
+    if [word[0] for word in words] == ["max"]:
         return math.inf, math.inf
     if len(words) == 1:
         return _amount(words[0], unit), None
@@ -111,7 +111,8 @@ def parse_limit(text: str, unit: Unit) -> tuple[float, float | None]:
     return soft, hard
 
 
-def _amount(word: str, unit: Unit) -> float:
+def _amount(written: re.Match[str], unit: Unit) -> float:
+    word, at = written[0], written.start()
     if word == "max":
         return math.inf
     match = _AMOUNT.fullmatch(word)
@@ -119,13 +120,13 @@ def _amount(word: str, unit: Unit) -> float:
     if match is None or match[2] not in suffixes:
         known = " ".join(filter(None, suffixes))
         raise Invalid(
-            f"{word!r} is not a number of {unit}", f"units: {known}" if known else "write a plain number"
+            f"{word!r} is not a number of {unit}", f"units: {known}" if known else "write a plain number", at=at
         )
     number = Fraction(match[1]) * suffixes[match[2]]
     if number.denominator != 1:
-        raise Impossible(f"{word!r} is not a whole number", "the kernel keeps limits as whole numbers")
+        raise Impossible(f"{word!r} is not a whole number", "the kernel keeps limits as whole numbers", at=at)
     if number >= _LARGEST:
-        raise Impossible(f"{word!r} is more than the kernel can hold", 'write "max" for no limit')
+        raise Impossible(f"{word!r} is more than the kernel can hold", 'write "max" for no limit', at=at)
     return int(number)
 
 

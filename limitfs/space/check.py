@@ -1,23 +1,24 @@
 """Tells of rules what can be told without a mount: whether their paths are in the table, and their values parse.
 
-What depends on the machine (whether a partition exists, whether a limit is there to take a percentage of) is for
-the mount to say.
+What depends on the machine (whether there is a limit to take a percentage of) is for the mount to say. Only that a
+partition is not there at present is remarked: a rule for it waits.
 """
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from limitfs.errors import Absent, Denied, Forbidden, Invalid, LimitsError
-from limitfs.resources import RESOURCES
+from limitfs.errors import Absent, Denied, Forbidden, Gone, Invalid, LimitsError
+from limitfs.resources import RESOURCES, at, cgroups
 from limitfs.resources.limits import parse_limit
-from limitfs.resources.model import Partition, Process, Processes, Resource, Target, Thread
+from limitfs.resources.model import Level, Partition, Process, Processes, Resource, Target, Thread
 from limitfs.rules import Fault, Rule, Rules
 from limitfs.selecting.language import parse as parse_selection
 from limitfs.space import content
 from limitfs.space.content import Place
 from limitfs.space.handles import command
-from limitfs.space.table import ROOT, Dir, Entry, Event, Family, File, Link, Writer
+from limitfs.space.table import RESOURCE, ROOT, Dir, Entry, Event, Family, File, Link, Writer
 from limitfs.watching.condition import parse
 from limitfs.watching.registry import HEARING
 
@@ -29,6 +30,8 @@ _PROTOTYPES: dict[str, Target] = {
 }
 """Stands for any of a family, by its label; what a family without one measures is not known here."""
 
+_NAMES_OF_FILES = frozenset(entry.name for entry in RESOURCE.entries)
+
 _NUMBERS = ("PID", "TID")
 """Labels of families whose names are numbers."""
 
@@ -37,26 +40,65 @@ def check(rules: Rules) -> Iterator[Fault]:
     """What is wrong with the rules, in the order of their lines."""
     faults = list(rules.faults)
     for rule in rules.rules:
-        fault = _check(rule)
+        fault = check_rule(rule)
         if fault is not None:
             faults.append(fault)
     yield from sorted(faults, key=lambda fault: (fault.line.file, fault.line.number))
 
 
-def _check(rule: Rule) -> Fault | None:
-    at = rule.path_at
+def remarks(rules: Rules) -> Iterator[str]:
+    """What is not wrong, but good to know: which rules would wait for their partition."""
+    for rule in rules.rules:
+        missing = missing_partition(rule.path)
+        if missing is not None and check_rule(rule) is None:
+            yield f"{rule.line}: waits for partition {missing!a}, which is not there now"
+
+
+def missing_partition(path: str) -> str | None:
+    """The cgroup that a path in the tree is about, where that does not exist; None where nothing need come."""
+    cgroup = content.partition_of(path)
+    if cgroup is None or not cgroups.present():
+        return None
+    try:
+        cgroups.identify(cgroup)
+    except Gone:
+        return cgroup
+    return None
+
+
+def check_rule(rule: Rule) -> Fault | None:
+    """What is wrong with one rule."""
     directory, place = ROOT, Place()
     names = rule.path.split("/")
+    columns = _columns(rule)
+    column = rule.path_at
     try:
-        for name in names[:-1]:
+        for name, column in zip(names[:-1], columns[:-1], strict=True):  # noqa: B007 (told of what is raised)
             directory, place = _enter(directory, place, name)
-            at += len(name) + 1
+        if names[-1] in _NAMES_OF_FILES:
+            _need_resource(place, names[-2])
+        column = columns[-1]
         file = _file(directory, place, names[-1])
-        at = rule.value_at
+        column = rule.value_at
         _check_value(file, place.resource, command(rule.value.encode()))
     except LimitsError as error:
-        return Fault(rule.line, error, at)
+        return Fault(rule.line, error, column + error.at)
     return None
+
+
+def _columns(rule: Rule) -> list[int]:
+    """Where each name of the path begins, in the line."""
+    written = rule.line.text[rule.path_at :].partition("=")[0].split("/")
+    starts = itertools.accumulate((len(name) + 1 for name in written[:-1]), initial=rule.path_at)
+    # A slash that is written as \057 begins a name, too: the caret then stands under the path.
+    return [*starts, *[rule.path_at] * (rule.path.count("/") + 1 - len(written))]
+
+
+def _need_resource(place: Place, name: str) -> None:
+    """Refuse a partition of this `name` to have the files of a resource: it is one with a typing error in it."""
+    if place.resource is None and isinstance(place.target, Partition):
+        near = difflib.get_close_matches(name, [resource.name for resource in at(Level.PARTITION)], 1)
+        raise Absent(f"{name!a} is no resource", f"did you mean {near[0]}?" if near else "")
 
 
 def _enter(directory: Dir, place: Place, name: str) -> tuple[Dir, Place]:

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from limitfs.errors import Absent, Busy, Denied, Exists, Gone, Invalid, Unsupported
-from limitfs.resources import RESOURCES, at, cgroups, members, model, procfs, who
+from limitfs.resources import ABSENT, RESOURCES, at, cgroups, members, model, procfs, who
 from limitfs.resources.limits import parse_limit, set_limit
 from limitfs.resources.model import (
     Level,
@@ -220,6 +220,15 @@ _TAKEN = frozenset(resource.name for resource in at(Level.PARTITION))
 def partition_path(partition: Partition) -> str:
     """Where a partition is in the tree."""
     return "/".join(["partition", *(_escaped(name) for name in partition.path.split("/") if name)])
+
+
+def partition_of(path: str) -> str | None:
+    """The path of the cgroup that a file's path is about, whether it exists or not; None: of no single one."""
+    first, *names = path.split("/")[:-1]
+    cgroup = list(takewhile(lambda name: name not in _TAKEN, names))
+    if first != "partition" or not cgroup:
+        return None
+    return cgroups.ROOT + "/".join(map(_unescaped, cgroup))
 
 
 def partition_link(place: Place, house: "House", thread: int) -> str:
@@ -642,7 +651,7 @@ def show_features(place: Place, house: "House", user: int) -> str:
                 continue
             source = next(house.registry.choices(resource, target, mode == "each", house.registry.hearing))
             rows.append("\t".join((resource.name, level, mode, source.name, source.guarantee, source.cost)))
-    missing = [f"# {name}: {why}" for name, why in house.registry.missing.items()]
+    missing = [f"# {name}: {why}" for name, why in (*ABSENT.items(), *house.registry.missing.items())]
     return "\n".join(rows + missing) + "\n"
 
 

@@ -3,18 +3,28 @@
 What a rule has done is known by its path. When the files are read again, a rule that reads as before is left
 alone, with its state, its readers and what somebody changed by hand, as long as what it is about is there; one
 that has gone gives back what was there before it.
+
+A rule for a partition that is not there waits, and is applied when the partition comes; so it is whenever that
+was removed and made again. Which rules there are is what the files said when they were read last.
 """
 
 import contextlib
 import logging
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 from limitfs import rules
-from limitfs.errors import Absent, Gone, LimitsError
+from limitfs.errors import Absent, Gone, LimitsError, Quota
+from limitfs.hearing.arrivals import Arrivals
+from limitfs.hearing.source import Refused
+from limitfs.resources import cgroups
+from limitfs.resources.model import Partition
 from limitfs.rules import Fate, Report, Rule
+from limitfs.space.check import check_rule, missing_partition
+from limitfs.space.content import partition_of
 from limitfs.space.recall import identity
 from limitfs.space.shell import Shell
 from limitfs.store import Store
@@ -53,14 +63,23 @@ class Ruling:
         shell: root's.
         directories: where the files are; none: no rules.
         store: keeps what is in force, so that a restart after a crash is no more than one more reading.
+        arrivals: tells of the partitions that single rules are for.
     """
 
-    def __init__(self, shell: Shell, directories: Sequence[str], store: Store) -> None:
+    def __init__(self, shell: Shell, directories: Sequence[str], store: Store, arrivals: Arrivals) -> None:
         self._shell = shell
         self._directories = directories
         self._store = store
+        self._arrivals = arrivals
         self._in_force: dict[str, InForce] = {}
         self._made: list[str] = []
+        self._rules: dict[str, Rule] = {}
+        # By the path of their partition, in their order; and what ends the listening for it.
+        self._by_partition: dict[str, list[Rule]] = {}
+        self._listening: dict[str, Callable[[], None]] = {}
+        self._deaf: dict[str, Refused] = {}
+        # Where each of these partitions was found last.
+        self._hierarchies: dict[str, set[str]] = {}
         self.report = Report()
 
     def __len__(self) -> int:
@@ -92,49 +111,124 @@ class Ruling:
         for fault in read.faults:
             self.report.fault(fault)
         wanted = read.by_path()
-        with self._store.together():
+        # Nobody knows what stands in a file that could not be read: nothing is taken back then.
+        stays = {path: rule for path, rule in self._rules.items() if read.unread and path not in wanted}
+        self._rules = stays | wanted
+        # Before anything is looked at: what comes after that is told.
+        self._listen()
+        with self._together():
             if not read.unread:
-                # Nobody knows what stands in a file that could not be read: nothing is taken back then.
                 self._undo([path for path in self._in_force if path not in wanted], wanted)
             for rule in wanted.values():
-                self._follow(rule)
+                if self._stands(rule):
+                    self.report.add(Fate.KEPT, rule.line, rule.path, rule.value)
+                else:
+                    self._try(rule)
+        self._log()
+        return self.report
+
+    def close(self) -> None:
+        """Listen no more."""
+        for end in self._listening.values():
+            end()
+        self._listening.clear()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What is done inside is kept at once, with the directories that it made or removed."""
+        with self._store.together():
+            yield
             if self._made:
                 self._store.put(MADE, self._made)
             else:
                 self._store.drop(MADE)
-        self._log()
-        return self.report
 
     def _log(self) -> None:
         for line in self.report.of(Fate.REFUSED):
             log.warning("%s", line)
         log.info("rules: %s", self.report.summary())
 
+    # Partitions that come and go
+
+    def _listen(self) -> None:
+        """For the partitions that single rules are for, and no others."""
+        self._by_partition.clear()
+        self._deaf.clear()
+        for rule in self._rules.values():
+            partition = partition_of(rule.path)
+            if partition is not None:
+                self._by_partition.setdefault(partition, []).append(rule)
+        for partition in self._listening.keys() - self._by_partition.keys():
+            self._listening.pop(partition)()
+            self._hierarchies.pop(partition, None)
+        for partition in self._by_partition.keys() - self._listening.keys():
+            try:
+                self._listening[partition] = self._arrivals.watch(partition, partial(self._moved, partition))
+                self._hierarchies[partition] = set(cgroups.directories(partition))
+            except Refused as refusal:
+                self._deaf[partition] = refusal
+                log.warning("rules for partition %s need a reload when it comes: %s", ascii(partition), refusal)
+
+    def _moved(self, partition: str) -> None:
+        """It may have come or gone, in one of the hierarchies."""
+        before, now = self._hierarchies.get(partition, set()), set(cgroups.directories(partition))
+        self._hierarchies[partition] = now
+        with self._together():
+            for rule in self._by_partition.get(partition, ()):
+                stands = self._stands(rule)
+                # One more hierarchy has it: what its controllers keep is better than what was found without.
+                if stands and (now <= before or self._changed_by_hand(rule.path)):
+                    continue
+                if self._try(rule):
+                    fate, line = self.report.about(rule.path)
+                    log.log(logging.WARNING if fate is Fate.REFUSED else logging.INFO, "%s", line)
+
     # Applying
 
-    def _follow(self, rule: Rule) -> None:
+    def _stands(self, rule: Rule) -> bool:
+        """Whether it is in force as it is written, on what it is about now."""
         known = self._in_force.get(rule.path)
         if known is not None and known.target != self._target(rule.path):
             # Another process or partition of that name, or a directory that somebody removed.
             del self._in_force[rule.path]
             self._store.drop(KEY + rule.path)
             known = None
-        if known is not None and known.value == rule.value:
-            self.report.add(Fate.KEPT, rule.line, rule.path, rule.value)
-            return
+        return known is not None and known.value == rule.value
+
+    def _try(self, rule: Rule) -> bool:
+        """Apply a rule, or have it wait; whether what became of it is news."""
         try:
-            self._apply(rule, known)
+            waits_for = self._awaited(rule)
+            if waits_for is not None:
+                why = f"for partition {waits_for!a}"
+                return self.report.add(Fate.WAITING, rule.line, rule.path, rule.value, why)
+            self._apply(rule, self._in_force.get(rule.path))
         except LimitsError as error:
             fate = Fate.TOLERATED if rule.tolerant else Fate.REFUSED
-            self.report.add(fate, rule.line, rule.path, rule.value, error)
-        else:
-            self.report.add(Fate.APPLIED, rule.line, rule.path, rule.value)
+            return self.report.add(fate, rule.line, rule.path, rule.value, error)
+        return self.report.add(Fate.APPLIED, rule.line, rule.path, rule.value)
+
+    def _awaited(self, rule: Rule) -> str | None:
+        """The partition that must come first. Raises LimitsError where the rule would be refused even then."""
+        partition = missing_partition(rule.path)
+        if partition is None:
+            return None
+        fault = check_rule(rule)
+        with self._shell.explained(rule.path, rule.value):
+            if fault is not None:
+                raise fault.error
+            if partition in self._deaf:
+                raise Quota(f"nobody would tell when partition {partition!a} comes: {self._deaf[partition]}")
+        return partition
 
     def _target(self, path: str) -> Any:
         """None where there is no such path."""
         try:
             with self._shell.at(path) as node:
-                return identity(node.place.target)
+                target = node.place.target
+                if isinstance(target, Partition):
+                    cgroups.check(target)  # one that was removed lingers, so that its last line can be read
+                return identity(target)
         except LimitsError:
             return None
 

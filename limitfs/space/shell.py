@@ -43,7 +43,7 @@ class Shell:
 
     def write(self, path: str, text: str) -> None:
         """`echo text > path`. Raises LimitsError."""
-        with self._explained(path, text), self.at(path) as node:
+        with self.explained(path, text), self.at(path) as node:
             if _file(node).write is None:
                 raise Denied("this file cannot be written")
             TextFile(node, self._tree.house, self._user).write(text.encode())
@@ -57,7 +57,7 @@ class Shell:
     def mkdir(self, path: str) -> None:
         """`mkdir path`. Raises LimitsError."""
         parent, _slash, name = path.rpartition("/")
-        with self._explained(path), self.at(parent) as node:
+        with self.explained(path), self.at(parent) as node:
             self._tree.make(node, name, self._user)
 
     def missing(self, path: str) -> list[str]:
@@ -82,11 +82,11 @@ class Shell:
     def rmdir(self, path: str) -> None:
         """`rmdir path`. Raises LimitsError."""
         parent, _slash, name = path.rpartition("/")
-        with self._explained(path), self.at(parent) as node:
+        with self.explained(path), self.at(parent) as node:
             self._removed(self._tree.remove(node, name, self._user))
 
     @contextlib.contextmanager
-    def _explained(self, path: str, written: str | None = None) -> Iterator[None]:
+    def explained(self, path: str, written: str | None = None) -> Iterator[None]:
         """Note in `last_error` why it was refused; what fails for no reason of the user's is a refusal too."""
         try:
             yield

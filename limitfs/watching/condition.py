@@ -295,24 +295,26 @@ class _Parser:
     def threshold(self) -> Condition | None:
         token = self._peek()
         if token.kind == "end":
-            raise self._wrong(Invalid, "nothing was written; `off` disarms")
+            raise self._wrong(Invalid, token, "nothing was written; `off` disarms")
         if token.text not in ("off", "change"):
             return self._condition()
         self._take()
         if self._peek().kind != "end":
-            raise self._wrong(Invalid, f"nothing may follow {token.text!r}, found {self._peek()}")
+            raise self._wrong(Invalid, self._peek(), f"nothing may follow {token.text!r}, found {self._peek()}")
         return Condition(Op.CHANGE) if token.text == "change" else None
 
     def only_amount(self) -> Amount:
         amount = self._amount()
         if self._peek().kind != "end":
-            raise self._wrong(Invalid, f"nothing may follow an amount, found {self._peek()}")
+            raise self._wrong(Invalid, self._peek(), f"nothing may follow an amount, found {self._peek()}")
         return amount
 
     def _condition(self) -> Condition:
         op = Op(self._take().text) if self._peek().kind == "op" else Op.GE
+        first = self._peek()
         amount = self._amount()
         per = hold = clear = None
+        clear_at = first
         given: set[str] = set()
         while (option := self._option(given)) is not None:
             match option.text:
@@ -321,9 +323,10 @@ class _Parser:
                 case "for":
                     hold = self._time(option)
                 case "clear":
+                    clear_at = self._peek()
                     clear = self._amount()
         condition = Condition(op, amount, per, hold, clear, "once" in given)
-        self._check_possible(condition)
+        self._check_possible(condition, first, clear_at)
         return condition
 
     def _option(self, given: set[str]) -> _Token | None:
@@ -331,26 +334,30 @@ class _Parser:
         if token.kind == "end":
             return None
         if token.text not in _OPTIONS:
-            raise self._wrong(Invalid, f"expected per, for, clear or once, found {token}")
+            raise self._wrong(Invalid, token, f"expected per, for, clear or once, found {token}")
         if token.text in given:
-            raise self._wrong(Invalid, f"given twice: {token}")
+            raise self._wrong(Invalid, token, f"given twice: {token}")
         given.add(token.text)
         return token
 
-    def _check_possible(self, condition: Condition) -> None:
+    def _check_possible(self, condition: Condition, amount_at: _Token, clear_at: _Token) -> None:
         amount, clear = condition.amount, condition.clear
         if condition.op is Op.LT and amount is not None and amount.number == 0:
-            raise self._wrong(Impossible, "no value is ever below 0")
+            raise self._wrong(Impossible, amount_at, "no value is ever below 0")
         if amount is None or clear is None or amount.percent != clear.percent:
             return
         if condition.upward and clear.number > amount.number:
-            raise self._wrong(Impossible, f"after '{condition.op}', clear cannot be above the amount")
+            raise self._wrong(Impossible, clear_at, f"after '{condition.op}', clear cannot be above the amount")
         if not condition.upward and clear.number < amount.number:
-            raise self._wrong(Impossible, f"after '{condition.op}', clear cannot be below the amount")
+            raise self._wrong(Impossible, clear_at, f"after '{condition.op}', clear cannot be below the amount")
 
     def _amount(self) -> Amount:
         if self._peek().text == "unusual":
-            raise self._wrong(Unsupported, "'unusual' needs recorded history, which this version does not keep")
+            raise self._wrong(
+                Unsupported,
+                self._peek(),
+                "'unusual' needs recorded history, which this version does not keep",
+            )
         token = self._number("an amount")
         if self._peek().text == "%":
             self._take()
@@ -372,42 +379,42 @@ class _Parser:
         if token.kind != "word" or token.text in _OPTIONS:
             return Decimal(1)
         if name not in units:
-            raise self._wrong(Invalid, f"neither {expected} nor per, for, clear or once: {token}")
+            raise self._wrong(Invalid, token, f"neither {expected} nor per, for, clear or once: {token}")
         self._take()
         return units[name]
 
     def _window(self, option: _Token) -> float:
         if not self._rate:
-            raise self._wrong(Impossible, f"not a rate, so it has no window: {option}")
+            raise self._wrong(Impossible, option, f"not a rate, so it has no window: {option}")
         window = self._time(option)
         if window < SHORTEST_WINDOW:
-            raise self._wrong(Impossible, f"a window must be 1ms at least: {option}")
+            raise self._wrong(Impossible, option, f"a window must be 1ms at least: {option}")
         return window
 
     def _time(self, option: _Token) -> float:
         token = self._number("a time")
         seconds = self._scaled(token, self._scale(_TIME_UNITS, self._peek().text, "a unit of time (us ms s m h)"))
         if seconds <= 0:
-            raise self._wrong(Impossible, f"a time must be more than 0: {option}")
+            raise self._wrong(Impossible, option, f"a time must be more than 0: {option}")
         if seconds > LONGEST_TIME:
-            raise self._wrong(Impossible, f"a time can be 8760h (a year) at most: {option}")
+            raise self._wrong(Impossible, option, f"a time can be 8760h (a year) at most: {option}")
         return seconds
 
     def _number(self, expected: str) -> _Token:
         token = self._take()
         if token.text.lower() in _ENDLESS:
-            raise self._wrong(Impossible, f"not a finite number: {token}")
+            raise self._wrong(Impossible, token, f"not a finite number: {token}")
         if token.kind != "number":
-            raise self._wrong(Invalid, f"expected {expected}, found {token}")
+            raise self._wrong(Invalid, token, f"expected {expected}, found {token}")
         return token
 
     def _scaled(self, token: _Token, scale: Decimal) -> float:
         """The float nearest to the number; exact decimals first, so that 150ms is 0.15."""
         if token.text.startswith("-"):
-            raise self._wrong(Impossible, f"cannot be negative: {token}")
+            raise self._wrong(Impossible, token, f"cannot be negative: {token}")
         number = _ARITHMETIC.multiply(Decimal(token.text), scale)
         if number > LARGEST_AMOUNT:
-            raise self._wrong(Impossible, f"more than 64 bits can count: {token}")
+            raise self._wrong(Impossible, token, f"more than 64 bits can count: {token}")
         return float(number)
 
     def _peek(self) -> _Token:
@@ -419,8 +426,8 @@ class _Parser:
         self._index = min(self._index + 1, len(self._tokens) - 1)
         return token
 
-    def _wrong(self, error: type[LimitsError], message: str) -> LimitsError:
-        return error(message, f"for example `{example(self._unit, self._rate)}`")
+    def _wrong(self, error: type[LimitsError], token: _Token, message: str) -> LimitsError:
+        return error(message, f"for example `{example(self._unit, self._rate)}`", at=token.column - 1)
 
 
 def _trim(text: str) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from limitfs import rules
 from limitfs.cli import main
+from limitfs.resources import cgroups
 from limitfs.rules import Rules
 from limitfs.space.check import check
 
@@ -21,12 +22,29 @@ def run(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.stdout
 
 
+@pytest.fixture
+def partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two partitions, whatever this one has."""
+    (tmp_path / "system.slice/cron.service").mkdir(parents=True)
+    made_up = cgroups.Hierarchy(str(tmp_path), cgroups.ROOT, True, frozenset(), tmp_path.stat().st_dev)
+    monkeypatch.setattr(cgroups, "hierarchies", lambda: (made_up,))
+
+
+@pytest.mark.usefixtures("partitions")
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.conf")))
 def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says of golden/NAME.conf is in golden/NAME.out; nothing, where all is well."""
     monkeypatch.chdir(GOLDEN)
     expected = (GOLDEN / f"{name}.out").read_text() if (GOLDEN / f"{name}.out").exists() else ""
-    assert run(f"{name}.conf") == (1 if expected else 0, expected)
+    # A caret stands under what is wrong; a remark is no fault.
+    assert run(f"{name}.conf") == (1 if "^" in expected else 0, expected)
+
+
+def test_nothing_waits_where_there_are_no_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "hierarchies", lambda: ())
+    (tmp_path / "x.conf").write_text("partition/a.slice/memory/threshold = 1G\n")
+    code, said = run(tmp_path / "x.conf")
+    assert (code, "no 'partition' in the root" in said, ": waits" in said) == (1, True, False)
 
 
 def test_all_that_a_mount_would_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from limitfs import mounting
 from limitfs.cli import main
 from limitfs.mounting import Health, Mount
 
-SUMMARY = "1 applied, 1 kept, 0 undone, 0 left, 0 tolerated, 0 refused\n"
+SUMMARY = "1 applied, 1 kept, 0 waiting, 0 undone, 0 left, 0 tolerated, 0 refused\n"
 
 
 @pytest.mark.parametrize(

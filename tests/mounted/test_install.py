@@ -87,6 +87,7 @@ def test_the_package(machine: Machine) -> None:
     pid = machine.run("sed -n 's/^pid //p' /limits/state")
     machine.run(f"dpkg --install {package}")
     assert machine.run("sed -n 's/^pid //p' /limits/state") != pid
+    assert machine.run("cat /limits/system/fds/mine/threshold") == ">= 1234567\n"
     # What somebody mounted elsewhere goes, too.
     machine.run("mkdir /root/mine && limitfs mount /root/mine")
     assert "is installed, and does this already" in machine.run(f"{CHECKOUT}/mount/up --boot", code=1)
@@ -95,5 +96,6 @@ def test_the_package(machine: Machine) -> None:
     assert machine.path("/etc/default/limitfs").exists()
     machine.run("dpkg --purge limitfs")
     left = ("/limits", "/etc/default/limitfs", "/run/limitfs", "/usr/lib/limitfs", "/etc/init.d/limitfs")
+    left += ("/var/log/limitfs.log",)
     assert machine.run(f"ls -d {' '.join(left)} 2>/dev/null || :") == ""
     assert machine.path("/etc/limitfs.d/test.conf").read_text() == RULE

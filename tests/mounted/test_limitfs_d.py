@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cgroupkit import Cgroup, cgroup, hierarchy_of
 from crashkit import Service, service
 from mountkit import Watching, events, other, refused
 
 from conftest import PATIENCE, Helper, poll_for
+from limitfs.resources import cgroups
 
 Make = Callable[..., Helper]
 SHIPPED = Path(__file__).parents[2] / "mount/limitfs.d/limitfs.conf"
@@ -114,6 +116,258 @@ def test_without_rules(tmp_path: Path) -> None:
         assert limits.armed() == {}
 
 
+# Partitions that are not there yet
+
+
+@pytest.fixture(params=[None, "pids"], ids=["unified", "of-a-controller"])
+def above(request: pytest.FixtureRequest) -> Iterator[Cgroup]:
+    """A cgroup below which the tests make others; also in a hierarchy of version 1, where there is one."""
+    with cgroup(request.param) as made:
+        yield made
+
+
+def fates(limits: Service) -> dict[str, str]:
+    """What `rules` says of each rule, by its line in the file."""
+    found = re.findall(rf"^{limits.rules}/10.conf:(\d+): (\w+): ", limits.read("rules"), re.MULTILINE)
+    return dict(found)
+
+
+def rings(limits: Service, path: str, child: Helper) -> bool:
+    """Whether the watcher is armed at five more than the child has open: one fewer is silent."""
+    before = len(events(limits, path))
+    with (limits / f"{path}/event").open("rb", buffering=0) as event:
+        event.read()
+        child.open_files(4)
+        silent = poll_for(event.fileno(), 1) == 0
+        child.open_files(1)
+        heard = poll_for(event.fileno()) & select.POLLPRI
+    (line,) = events(limits, path)[before:]
+    child.close_files(5)
+    return bool(silent and heard and line["crossing"] == "alarm" and line["pid"] == str(child.pid))
+
+
+def test_a_rule_waits_for_its_partition(limits: Service, above: Cgroup, helper: Make) -> None:
+    child = helper()
+    path, other_path = f"{above.tree}/late/fds", f"{above.tree}/never/fds"
+    put(
+        limits,
+        f"{path}/mode = each",
+        f"{path}/threshold = {child.fds() + 5}",
+        f"{other_path}/threshold = {child.fds() + 5}",
+    )
+    done = limitfs("reload", limits.root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"10.conf:2: waiting: {path}/threshold = {child.fds() + 5}: for partition '{above.path}/late'\n" in (
+        done.stdout
+    )
+    assert done.stdout.endswith("0 applied, 0 kept, 3 waiting, 0 undone, 0 left, 0 tolerated, 0 refused\n")
+    done = limitfs("check", limits.rules / "10.conf")
+    assert done.returncode == 0
+    assert done.stdout.count("10.conf:2: waits for partition") == 1
+    assert limits.state("state")["rules"] == "0"
+    late = above.below("late")
+    limits.wait_for(lambda: path in limits.armed())
+    late.take(child.pid)
+    assert fates(limits) == {"1": "applied", "2": "applied", "3": "waiting"}
+    assert limits.read(f"{path}/mode") == "[each] sum\n"
+    limits.wait_for(lambda: limits.read(f"{above.tree}/late/processes/usage") == "1\n")
+    assert rings(limits, path, child)
+    # Nobody was told of an error.
+    assert ": refused: " not in limits.said()
+    assert limits.last_error() == "ok"
+
+
+def test_a_rule_comes_back_with_its_partition(limits: Service, above: Cgroup, helper: Make) -> None:
+    path = f"{above.tree}/late/fds"
+    child = helper()
+    far = f"{path}/far/threshold = {child.fds() + 5}"
+    put(limits, f"{path}/mode = each", f"{path}/threshold = 900000", f"{path}/far/mode = each", far)
+    for again in range(3):
+        late = above.below("late")
+        if again == 0:
+            limits.write("rules", "reload")
+        limits.wait_for(lambda: f"{path}/far" in limits.armed())
+        assert fates(limits) == dict.fromkeys("1234", "applied")
+        late.take(child.pid)
+        assert rings(limits, f"{path}/far", child)
+        late.remove()
+        limits.wait_for(lambda: set(fates(limits).values()) == {"waiting"})
+        assert limits.armed() == {}
+        assert limits.state("state")["rules"] == "0"
+    # Removed and made again faster than anybody looks.
+    for _again in range(20):
+        above.below("late").remove()
+    above.below("late")
+    limits.wait_for(lambda: f"{path}/far" in limits.armed())
+    # What was made by hand ends with its partition.
+    os.mkdir(limits / f"{path}/mine")
+    limits.write(f"{path}/mine/threshold", "900000")
+    Cgroup(above.hierarchy, f"{above.path}/late").remove()
+    limits.wait_for(lambda: limits.armed() == {})
+    above.below("late")
+    limits.wait_for(lambda: f"{path}/far" in limits.armed())
+    assert limits.armed().keys() == {path, f"{path}/far"}
+
+
+def test_what_no_longer_stands_in_the_file_is_not_applied_later(limits: Service, above: Cgroup) -> None:
+    goes, stays = f"{above.tree}/goes/fds", f"{above.tree}/stays/fds"
+    put(limits, f"{goes}/threshold = 900000", f"{stays}/threshold = 900000")
+    limits.write("rules", "reload")
+    put(limits, f"{stays}/threshold = 800000")
+    limits.write("rules", "reload")
+    assert fates(limits) == {"1": "waiting"}
+    above.below("goes")
+    above.below("stays")
+    limits.wait_for(lambda: limits.armed() == {stays: ">= 800000"})
+    # Nor is it when its rule went while its partition was away.
+    put(limits, f"{goes}/far/threshold = 900000")
+    limits.write("rules", "reload")
+    Cgroup(above.hierarchy, f"{above.path}/goes").remove()
+    limits.wait_for(lambda: fates(limits) == {"1": "waiting"})
+    put(limits)
+    limits.write("rules", "reload")
+    above.below("goes")
+    assert limits.read("rules").startswith("0 applied, 0 kept, 0 waiting")
+    assert limits.armed() == {}
+
+
+def test_nothing_is_listened_for_where_nothing_waits(limits: Service) -> None:
+    assert inotify_watches(limits.daemon.pid) == 0
+    put(limits, "partition/limitfs-never/a/b/fds/threshold = 900000", "system/fds/threshold = 900000")
+    limits.write("rules", "reload")
+    # What exists of the way: the roots.
+    assert inotify_watches(limits.daemon.pid) == len(cgroups.hierarchies())
+    put(limits, "system/fds/threshold = 900000")
+    limits.write("rules", "reload")
+    assert inotify_watches(limits.daemon.pid) == 0
+
+
+def inotify_watches(pid: int) -> int:
+    """How many a process has, in all its instances."""
+    return sum(info.read_text().count("inotify wd:") for info in Path(f"/proc/{pid}/fdinfo").iterdir())
+
+
+def test_several_levels_may_be_missing(limits: Service, above: Cgroup, helper: Make) -> None:
+    child = helper()
+    path = f"{above.tree}/a/b/_fds/c/fds"
+    put(limits, f"{path}/mode = each", f"{path}/threshold = {child.fds() + 5}")
+    limits.write("rules", "reload")
+    for _time in range(2):
+        inner = above
+        for name in ("a", "b", "fds"):
+            assert set(fates(limits).values()) == {"waiting"}
+            inner = inner.below(name)
+        # A level that goes and comes again is followed, too.
+        inner.remove()
+        deepest = Cgroup(inner.hierarchy, inner.path)
+        deepest.directory.mkdir()
+        deepest = deepest.below("c")
+        deepest.take(child.pid)
+        limits.wait_for(lambda: path in limits.armed())
+        assert rings(limits, path, child)
+        Cgroup(above.hierarchy, f"{above.path}/a").remove()
+        limits.wait_for(lambda: limits.armed() == {})
+    # All of it at once.
+    (above.directory / "a/b/fds/c").mkdir(parents=True)
+    limits.wait_for(lambda: path in limits.armed())
+
+
+def test_bad_rules_do_not_wait(limits: Service) -> None:
+    put(
+        limits,
+        "partition/limitfs-never/memory/threshold = much",
+        "partition/limitfs-never/memory/treshold = 1G",
+        "partition/limitfs-never/memroy/threshold = 1G",
+        "-partition/limitfs-never/memory/usage = 1G",
+        "partition/limitfs-never/memory/threshold/x = 1G",
+        "partition/limitfs-never/memory/limit = 1G",
+    )
+    done = limitfs("reload", limits.root)
+    assert done.returncode == 1
+    assert fates(limits) == {
+        "1": "refused", "2": "refused", "3": "refused", "4": "tolerated", "5": "refused", "6": "waiting",
+    }  # fmt: skip
+    assert "/memroy/threshold = 1G: 'memroy' is no resource; did you mean memory?\n" in done.stdout
+
+
+def test_limits_come_back_in_their_order(limits: Service) -> None:
+    """A limit that a rule sets is there when the next rule takes a percentage of it."""
+    with cgroup("pids") as above:
+        path = f"{above.tree}/late/threads"
+        put(limits, f"{path}/limit = 50", f"{path}/threshold = 80%", f"{path}/more/threshold = 100")
+        limits.write("rules", "reload")
+        if above.hierarchy.unified:
+            above.write("cgroup.subtree_control", "+pids")
+        for _time in range(2):
+            late = above.below("late")
+            limits.wait_for(lambda: fates(limits) == dict.fromkeys("123", "applied"))
+            assert late.read("pids.max") == "50"
+            assert limits.armed() == {path: ">= 80%", f"{path}/more": ">= 100"}
+            late.remove()
+            limits.wait_for(lambda: fates(limits) == dict.fromkeys("123", "waiting"))
+
+
+def test_what_stayed_notices_nothing_of_what_waits(limits: Service, above: Cgroup, helper: Make) -> None:
+    child = helper()
+    here = above.below("here")
+    here.take(child.pid)
+    path, level = f"{above.tree}/here/fds", child.fds() + 5
+    put(limits, f"{path}/mode = each", f"{path}/threshold = {level}", f"{above.tree}/late/fds/threshold = 900000")
+    limits.write("rules", "reload")
+    child.open_files(5)
+    limits.wait_for(lambda: events(limits, path))
+    before = limits.state(f"{path}/state")
+    with (limits / f"{path}/event").open("rb", buffering=0) as event:
+        event.read()
+        limits.write("rules", "reload")
+        above.below("late")
+        limits.wait_for(lambda: f"{above.tree}/late/fds" in limits.armed())
+        assert poll_for(event.fileno(), 0.5) == 0
+        # How often it is looked at, where it is, depends on how long that takes.
+        assert limits.state(f"{path}/state") | {"period": ""} == before | {"period": ""}
+        child.close_files(1)
+        assert poll_for(event.fileno()) & select.POLLPRI
+
+
+def test_after_a_crash_it_waits_and_comes_back(limits: Service, above: Cgroup) -> None:
+    here, late = f"{above.tree}/here/fds", f"{above.tree}/late/fds"
+    group = above.below("here")
+    put(limits, f"{here}/far/threshold = 900000", f"{late}/threshold = 900000")
+    limits.write("rules", "reload")
+    limits.kill()
+    group.remove()
+    limits.start()
+    assert set(fates(limits).values()) == {"waiting"}
+    above.below("here")
+    above.below("late")
+    limits.wait_for(lambda: limits.armed() == {f"{here}/far": ">= 900000", late: ">= 900000"})
+    limits.restart()
+    assert limits.armed() == {f"{here}/far": ">= 900000", late: ">= 900000"}
+    assert fates(limits) == {"1": "kept", "2": "kept"}
+
+
+@pytest.mark.skipif(hierarchy_of("memory") is None, reason="no hierarchy of version 1 has memory")
+def test_one_more_hierarchy_has_better_numbers(limits: Service) -> None:
+    """systemd makes a service's cgroup in one hierarchy after the other."""
+    with cgroup() as first:
+        path = f"{first.tree}/late/memory"
+        put(limits, f"{path}/threshold = 1G", f"{path}/limit = 2G")
+        limits.write("rules", "reload")
+        first.below("late")
+        limits.wait_for(lambda: fates(limits) == {"1": "applied", "2": "refused"})
+        memory = hierarchy_of("memory")
+        assert memory is not None
+        second = Cgroup(memory, first.path)
+        try:
+            second.directory.mkdir()
+            second.below("late")
+            limits.wait_for(lambda: fates(limits) == {"1": "applied", "2": "applied"})
+            assert limits.state(f"{path}/state")["source"] == "memcg"
+            assert limits.read(f"{path}/limit") == f"{2 << 30}\n"
+        finally:
+            second.remove()
+
+
 # limitfs reload, check, status
 
 
@@ -125,7 +379,7 @@ def test_reload_says_what_it_did(limits: Service) -> None:
     assert done.stdout == (
         f"{file}:1: applied: system/fds/threshold = 900000\n"
         f"{file}:2: applied: system/cpu/threshold = 90000%\n"
-        "2 applied, 0 kept, 0 undone, 0 left, 0 tolerated, 0 refused\n"
+        "2 applied, 0 kept, 0 waiting, 0 undone, 0 left, 0 tolerated, 0 refused\n"
     )
     put(limits, "system/fds/threshold = 900000", "system/fds/treshold = 5", "-system/fds/usage = 5")
     done = limitfs("reload", limits.root)
@@ -134,7 +388,7 @@ def test_reload_says_what_it_did(limits: Service) -> None:
         f"{file}:2: refused: system/fds/treshold = 5: no 'treshold' in system/fds\n"
         "-: undone: system/cpu/threshold = 90000%\n"
         f"{file}:3: tolerated: system/fds/usage = 5: this file cannot be written\n"
-        "0 applied, 1 kept, 1 undone, 0 left, 1 tolerated, 1 refused\n"
+        "0 applied, 1 kept, 0 waiting, 1 undone, 0 left, 1 tolerated, 1 refused\n"
     )
     # Those who look are told too.
     refusal = f"{file}:2: refused: system/fds/treshold = 5: no 'treshold' in system/fds"
@@ -197,11 +451,14 @@ def in_the_manual() -> list[str]:
 
 def test_the_examples_of_the_manual(limits: Service) -> None:
     rules = in_the_manual()
-    assert len(rules) == 4
+    assert len(rules) == 5
     put(limits, *rules)
     # As its last example has it.
     check, reload = limitfs("check", limits.rules / "10.conf"), limitfs("reload", limits.root)
     assert (check.returncode, reload.returncode) == (0, 0), check.stdout + reload.stdout
-    tolerated = sum(": tolerated: " in line for line in reload.stdout.splitlines())
-    assert len(limits.armed()) == 4 - tolerated
-    assert tolerated == (not Path("/proc/pressure/memory").exists())
+    fates = re.findall(r": (applied|tolerated|waiting): ", reload.stdout)
+    assert len(fates) == 5
+    assert len(limits.armed()) == fates.count("applied")
+    assert fates.count("tolerated") == (not Path("/proc/pressure/memory").exists())
+    # Here the service of the example may run, or not.
+    assert fates.count("waiting") == ("waits for partition" in check.stdout)

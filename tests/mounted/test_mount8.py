@@ -1,16 +1,23 @@
 """mount(8), its helper, fstab and the init script, in a machine of our own."""
 
+import ctypes
 import os
+import select
+import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from machinekit import CHECKOUT, Machine, machine_at
 
-from conftest import NOBODY
+from conftest import NOBODY, PATIENCE, poll_for
 
 MOUNT = "mount -t limitfs limitfs /limits"
+PTRACE_ATTACH = 16
+T = TypeVar("T")
 RULE = "process/fds/threshold = 12345\n"
 
 
@@ -29,6 +36,15 @@ def machine(installed: Machine) -> Iterator[Machine]:
     yield installed
     installed.run("umount -a -t fuse.limitfs; rm -f /etc/fstab /etc/default/limitfs")
     installed.wait_for_none()
+
+
+def wait_until(what: Callable[[], T]) -> T:
+    """Until it is true; gives it."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def options(machine: Machine) -> set[str]:
@@ -248,14 +264,158 @@ def test_the_init_script(machine: Machine) -> None:
     init(machine, "reload")
     assert machine.run("cat /limits/process/fds/threshold") == ">= 23456\n"
     machine.path("/etc/limitfs.d/test.conf").write_text(RULE)
-    pid = machine.run("sed -n 's/^pid //p' /limits/state")
-    for action in ("restart", "force-reload", "try-restart"):
-        init(machine, action)
-        assert machine.run("sed -n 's/^pid //p' /limits/state") != pid
+    init(machine, "force-reload")
     init(machine, "stop")
     init(machine, "stop")
     assert machine.limits() == []
     assert "usage: " in init(machine, "nonsense", 2)
+
+
+def daemon(machine: Machine) -> int:
+    """The process behind /limits."""
+    return int(machine.run("sed -n 's/^pid //p' /limits/state"))
+
+
+def with_something_by_hand(machine: Machine) -> int:
+    """Started by the init script, with a watcher that somebody made; gives the daemon."""
+    init(machine, "start")
+    machine.run("mkdir /limits/system/fds/mine; echo 1234567 > /limits/system/fds/mine/threshold")
+    return daemon(machine)
+
+
+def comes_back(machine: Machine, pid: int) -> int:
+    """Another daemon, with what was armed; gives it."""
+    now = wait_until(lambda: machine.run("sed -n 's/^pid //p' /limits/state 2>/dev/null || :").strip())
+    assert now != str(pid)
+    assert machine.run("cat /limits/process/fds/threshold") == ">= 12345\n"
+    assert machine.run("cat /limits/system/fds/mine/threshold") == ">= 1234567\n"
+    return int(now)
+
+
+def child_of(pid: int) -> set[str]:
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends within a patient time."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(poll_for(pidfd, events=select.POLLIN))
+    finally:
+        os.close(pidfd)
+
+
+def kill(pid: int) -> None:
+    """As the kernel's out-of-memory killer does; it is over then."""
+    os.kill(pid, signal.SIGKILL)
+    assert ends(pid)
+
+
+@pytest.mark.parametrize("action", ["restart", "try-restart"])
+def test_a_restart_keeps_what_was_made_by_hand(machine: Machine, action: str) -> None:
+    pid = with_something_by_hand(machine)
+    init(machine, action)
+    comes_back(machine, pid)
+    # Whoever is told to stop it means it: the next one begins anew.
+    init(machine, "stop")
+    init(machine, "start")
+    assert "mine" not in machine.run("ls /limits/system/fds")
+
+
+def test_it_is_started_again_when_it_was_killed(machine: Machine) -> None:
+    pid = with_something_by_hand(machine)
+    for _time in range(3):
+        kill(pid)
+        pid = comes_back(machine, pid)
+    assert "is mounted at /limits" in init(machine, "status")
+    assert machine.limits() == ["/limits"], "one mount"
+    # Its parent goes with it.
+    parent = parent_of(pid)
+    assert b"limitfs" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    init(machine, "stop")
+    assert ends(pid)
+    assert ends(parent)
+    assert machine.limits() == []
+
+
+def test_it_is_started_again_when_it_was_killed_at_any_moment(machine: Machine) -> None:
+    """Also while it comes up."""
+    pid = with_something_by_hand(machine)
+    parent = parent_of(pid)
+    child = ""
+    for pause in (0.0, 0.0, 0.3, 0.7):
+        (child,) = wait_until(lambda before=child: child_of(parent) - {before})
+        time.sleep(pause)
+        kill(int(child))
+    comes_back(machine, pid)
+    # A signal to the parent is for the daemon.
+    machine.path("/etc/limitfs.d/test.conf").write_text(RULE.replace("12345", "23456"))
+    os.kill(parent, signal.SIGHUP)
+    wait_until(lambda: machine.run("cat /limits/process/fds/threshold") == ">= 23456\n")
+    machine.path("/etc/limitfs.d/test.conf").write_text(RULE)
+    os.kill(parent, signal.SIGTERM)
+    assert ends(parent)
+    machine.wait_for_none()
+
+
+def test_one_that_hangs_is_started_again(machine: Machine) -> None:
+    pid = with_something_by_hand(machine)
+    # Stops the thread of the event loop alone, as a deadlock would; the thread that counts lives on.
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    assert libc.ptrace(PTRACE_ATTACH, pid, None, None) == 0
+    while not os.WIFEXITED(os.waitpid(pid, 0)[1]):
+        pass
+    comes_back(machine, pid)
+
+
+def test_what_cannot_be_mounted_is_not_tried_again(machine: Machine) -> None:
+    machine.path("/etc/default/limitfs").write_text("LIMITFS_OPTIONS=sizelimit=3\n")
+    assert "unknown mount option 'sizelimit'" in init(machine, "start", 2)
+    machine.path("/etc/default/limitfs").write_text("LIMITFS_DIRECTORY=/etc/passwd\n")
+    assert "/etc/passwd" in init(machine, "start", 1)
+    assert machine.limits() == []
+    said = machine.run("limitfs mount -f --respawn /limits", 2)
+    assert "--respawn is for a daemon" in said
+    assert "--pid-file goes with --respawn" in machine.run("limitfs mount --pid-file /x /limits", 2)
+
+
+def test_what_is_stopped_after_a_crash_stays_away(machine: Machine) -> None:
+    pid = with_something_by_hand(machine)
+    parent = parent_of(pid)
+    assert machine.run("cat /run/limitfs.pid") == f"{parent}\n"
+    kill(pid)
+    # At once, while it waits.
+    init(machine, "start")
+    init(machine, "stop")
+    assert ends(parent)
+    assert machine.limits() == []
+    assert "not mounted" in init(machine, "status", 3)
+    # The file of one that was killed, too, names nobody, or somebody else.
+    machine.run("echo 1 > /run/limitfs.pid")
+    init(machine, "start")
+    assert machine.limits() == ["/limits"]
+    assert machine.run("cat /run/limitfs.pid") != "1\n"
+    init(machine, "stop")
+    assert machine.run("ls /run/limitfs.pid || :").endswith("No such file or directory\n")
+
+
+def test_another_mount_in_its_place_is_left_alone(machine: Machine) -> None:
+    pid = with_something_by_hand(machine)
+    parent = parent_of(pid)
+    os.kill(parent, signal.SIGSTOP)
+    kill(pid)
+    machine.run("limitfs mount /limits")
+    os.kill(parent, signal.SIGCONT)
+    assert ends(parent)
+    assert machine.limits() == ["/limits"]
 
 
 def test_the_init_script_mounts_where_and_how_the_settings_say(machine: Machine) -> None:
@@ -288,7 +448,10 @@ def test_the_init_script_stops_what_is_busy(machine: Machine) -> None:
 
 def test_the_init_script_takes_away_what_a_dead_daemon_left(machine: Machine) -> None:
     init(machine, "start")
-    machine.run("kill -9 $(sed -n 's/^pid //p' /limits/state)")
+    pid = daemon(machine)
+    # Both, or its parent would start it again.
+    kill(parent_of(pid))
+    kill(pid)
     assert "does not answer" in init(machine, "status", 1)
     init(machine, "start")
     assert machine.limits() == ["/limits"]

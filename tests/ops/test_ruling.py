@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cgroupkit import cgroup
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opskit import house
 
+from conftest import PATIENCE
 from limitfs.daemon import Daemon
 from limitfs.errors import LimitsError
+from limitfs.hearing.source import Refused
 from limitfs.rules import Fate, Report
 from limitfs.space.shell import Shell
 from limitfs.watching.watcher import Watcher
@@ -235,6 +238,35 @@ def test_the_last_rule_for_a_path_is_meant(ruled: Ruled) -> None:
     (ruled.directory / "20.conf").unlink()
     assert fates(ruled.daemon.house.rules.reload()) == {"applied": 1}
     assert ruled.armed() == {"system/fds": ">= 500000"}
+
+
+def test_what_nobody_would_hear_of_is_refused(
+    ruled: Ruled, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_left(*_arguments: object) -> None:
+        raise Refused("inotify: No space left on device (fs.inotify)")
+
+    text = "partition/limitfs-late/fds/threshold = 5\nsystem/fds/threshold = 500000\n"
+    with monkeypatch.context() as full:
+        full.setattr(ruled.daemon.hearing.directories, "watch", none_left)
+        assert fates(ruled.rules(text)) == {"applied": 1, "refused": 1}
+    assert "nobody would tell when partition '/limitfs-late' comes: inotify: No space left" in ruled.refused()
+    assert "rules for partition '/limitfs-late' need a reload when it comes" in caplog.text
+    assert fates(ruled.rules(text)) == {"kept": 1, "waiting": 1}
+
+
+def test_what_waits_in_a_file_that_cannot_be_read_goes_on_waiting(ruled: Ruled) -> None:
+    path = "partition/limitfs-late/fds"
+    with cgroup() as group:
+        ruled.rules(f"{group.tree}/late/fds/threshold = 500000\n")
+        (ruled.directory / "10.conf").unlink()
+        (ruled.directory / "10.conf").symlink_to("nowhere")
+        assert fates(ruled.rules(f"{path}/threshold = 5\n", "20.conf")) == {"waiting": 1, "refused": 1}
+        group.below("late")
+        ruled.daemon.reactor.pump(PATIENCE)
+        assert ruled.armed() == {f"{group.tree}/late/fds": ">= 500000"}
+    while list(ruled.daemon.house.registry):
+        ruled.daemon.reactor.pump(PATIENCE)
 
 
 RESOURCES = ("fds", "threads", "processes")

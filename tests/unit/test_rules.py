@@ -180,8 +180,11 @@ def test_what_cannot_be_read_is_named_and_the_others_count(tmp_path: Path) -> No
 def test_a_report_has_one_line_for_each_rule(path: str, value: str) -> None:
     report = Report()
     report.add(Fate.APPLIED, "x.conf:1", path, value)
-    report.add(Fate.REFUSED, "x.conf:2", path, value, "no")
+    report.add(Fate.WAITING, "x.conf:2", f"{path}2", value)
+    # What becomes of it later takes that line's place.
+    assert report.add(Fate.REFUSED, "x.conf:2", f"{path}2", value, "no")
+    assert not report.add(Fate.REFUSED, "x.conf:2", f"{path}2", value, "no")
     lines = report.text().split("\n")
     assert len(lines) == 4
     assert lines[0].startswith("x.conf:2: refused: ")
-    assert lines[2] == "1 applied, 0 kept, 0 undone, 0 left, 0 tolerated, 1 refused"
+    assert lines[2] == "1 applied, 0 kept, 0 waiting, 0 undone, 0 left, 0 tolerated, 1 refused"

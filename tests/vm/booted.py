@@ -190,6 +190,20 @@ def a_process_with_fewer_or_outside_of_the_group_is_not_told_of() -> None:
         assert f"pid={outside} " not in said
 
 
+@check
+def sockets_in_another_network_namespace_are_counted() -> None:
+    """The sandbox lets a thread of the daemon enter it."""
+    program = "import socket, time; s = socket.create_server(('', 0)); print(flush=True); time.sleep(9999)"
+    command = ["unshare", "--net", sys.executable, "-S", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        try:
+            assert read(f"process/{child.pid}/channels/usage") == "1\n"
+        finally:
+            child.kill()
+
+
 # --- reload
 
 
@@ -203,6 +217,31 @@ def a_reload_arms_what_is_new() -> None:
     rule.unlink()
     run("systemctl", "reload", "limitfs")
     wait_for(lambda: read("process/threads/threshold") == "off\n", "the rule that went is disarmed")
+    armed()
+
+
+@check
+def a_rule_waits_for_its_service() -> None:
+    """As its cgroup comes, goes, and comes again."""
+    rule, path = Path("/etc/limitfs.d/later.conf"), "partition/system.slice/later.service/fds/threshold"
+
+    def is_armed() -> bool:
+        with contextlib.suppress(OSError):
+            return read(path) == ">= 200\n"
+        return False
+
+    rule.write_text(f"{path} = 200\n")
+    assert "later.conf:1: waits for partition '/system.slice/later.service'" in run("limitfs", "check")
+    run("systemctl", "reload", "limitfs")
+    assert f"later.conf:1: waiting: {path} = 200: " in read("rules")
+    run("systemd-run", "--quiet", "--unit=later", "sleep", "99999")
+    wait_for(is_armed, "it is armed when the service starts")
+    run("systemctl", "restart", "later")
+    wait_for(is_armed, "it is armed when the service was started again")
+    run("systemctl", "stop", "later")
+    wait_for(lambda: f": waiting: {path}" in read("rules"), "it waits when the service was stopped")
+    rule.unlink()
+    run("systemctl", "reload", "limitfs")
     armed()
 
 
