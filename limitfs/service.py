@@ -80,14 +80,14 @@ async def attend(mountpoint: str, status: Callable[[], str]) -> None:
         return
     await _answer(mountpoint)
     try:
-        # Before anybody relies on it.
+        # Before anybody relies on it, and not anew at once: for a moment between two there is none.
         _end_if_it_hangs(manager.interval)
         manager.tell("READY=1", f"STATUS={status()}")
         while manager.interval is not None:
-            _end_if_it_hangs(manager.interval)
             await trio.sleep(manager.interval)
             await _answer(mountpoint)
             manager.tell("WATCHDOG=1", f"STATUS={status()}")
+            _end_if_it_hangs(manager.interval)
         await trio.sleep_forever()
     finally:
         faulthandler.cancel_dump_traceback_later()
