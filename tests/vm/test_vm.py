@@ -1,4 +1,4 @@
-"""The kernel-facing tests under stock kernels, which take minutes each; see README.md."""
+"""The kernel-facing tests under stock kernels, and a real boot; they take minutes each, see README.md."""
 
 import collections
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).with_name("run")
+BOOT = Path(__file__).with_name("boot")
 SKIPPED = 77
 
 LAST_LINES = 150
@@ -20,15 +21,13 @@ LATEST = float(os.environ.get("LIMITFS_VM_MINUTES", "inf")) * 60
 BEGUN = time.monotonic()
 
 RUNS = subprocess.run([RUN, "--list"], capture_output=True, text=True, check=True).stdout.split()
+MACHINES = [[str(RUN), run] for run in RUNS[:-1]] + [[str(BOOT)], [str(RUN), RUNS[-1]]]
+"""What matters most first, as there may not be time for all."""
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("run", RUNS)
-def test_under(run: str, capfd: pytest.CaptureFixture[str]) -> None:
-    passes([str(RUN), run], capfd)
-
-
-def passes(script: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("script", MACHINES, ids=lambda script: " ".join([Path(script[0]).name, *script[1:]]))
+def test_machine(script: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     """Run it, and show what happens there as it happens."""
     if time.monotonic() - BEGUN > LATEST:
         pytest.skip(f"OUT OF TIME, NOT TESTED: {' '.join(script)} was not begun after {LATEST / 60:.0f} minutes")
