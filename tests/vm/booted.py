@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LIMITS = Path("/limits")
-PATIENCE = 900.0
+PATIENCE = 300.0
 """Seconds for what must happen; an emulated machine is slow."""
 
 MANUAL = Path("/root/boot.md").read_text()
