@@ -32,20 +32,19 @@ def test_machine(script: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     if time.monotonic() - BEGUN > LATEST:
         pytest.skip(f"OUT OF TIME, NOT TESTED: {' '.join(script)} was not begun after {LATEST / 60:.0f} minutes")
     lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
-    command = subprocess.Popen(
+    with subprocess.Popen(
         script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    assert command.stdout is not None
-    try:
-        with capfd.disabled():
-            print()
-            for line in command.stdout:
-                print(f"  {line}", end="", flush=True)
-                lines.append(line)
-        status = command.wait()
-    finally:
-        command.terminate()
-        command.wait()
+    ) as command:
+        assert command.stdout is not None
+        try:
+            with capfd.disabled():
+                print()
+                for line in command.stdout:
+                    print(f"  {line}", end="", flush=True)
+                    lines.append(line)
+            status = command.wait()
+        finally:
+            command.terminate()
     if status == SKIPPED:
         pytest.skip(next((line for line in lines if "SKIPPED" in line), "no virtual machine").strip())
     assert status == 0, "".join(lines)
