@@ -12,12 +12,15 @@ from machinekit import CHECKOUT, Machine, machine_at
 
 RULE = "process/fds/threshold = 12345\n"
 
+FIND = "find /etc /usr/sbin /usr/lib/limitfs.d /lib/systemd /usr/local /var/lib/limitfs -name '*limitfs*'"
+"""What an installation leaves outside of its own directories."""
+
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     with machine_at(tmp_path / "root") as machine:
         # Whatever limitfs this machine has is not the one that is tested.
-        machine.run("rm -rf /usr/local/bin/limitfs /opt/limitfs /etc/limitfs.d /etc/default/limitfs")
+        machine.run(f"rm -rf /opt/limitfs; {FIND} -prune -exec rm -rf {{}} + 2>/dev/null || :")
         machine.path("/etc/limitfs.d").mkdir()
         machine.path("/etc/limitfs.d/test.conf").write_text(RULE)
         # Services may be started in it, whatever this machine is.
@@ -28,13 +31,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 
 def files(machine: Machine) -> set[str]:
-    """What an installation leaves outside of its own directories."""
-    return set(
-        machine.run(
-            "find /etc /usr/sbin /usr/lib/limitfs.d /lib/systemd /usr/local /var/lib/limitfs "
-            "-name '*limitfs*' -not -path '/etc/limitfs.d/*' 2>/dev/null || :"
-        ).split()
-    )
+    return set(machine.run(f"{FIND} -not -path '/etc/limitfs.d/*' 2>/dev/null || :").split())
 
 
 def test_up_and_down_at_boot_twice_each(machine: Machine) -> None:
@@ -57,7 +54,7 @@ def test_up_and_down_at_boot_twice_each(machine: Machine) -> None:
     assert machine.path("/etc/default/limitfs").exists()
     assert machine.run("limitfs --version").startswith("limitfs, version")
     machine.run(f"{CHECKOUT}/mount/down --purge")
-    assert files(machine) == before
+    assert files(machine) == before == {"/etc/limitfs.d"}
     assert not machine.path("/opt/limitfs").exists()
     assert machine.path("/etc/limitfs.d/test.conf").read_text() == RULE
 
