@@ -51,7 +51,7 @@ def serve(mountpoint: str, options: Options, ready: Callable[[], None]) -> int:
         The exit code: 0 after an unmount or a termination signal.
 
     Raises:
-        OSError, RuntimeError: it cannot be mounted.
+        MountError, OSError, RuntimeError: it cannot be mounted.
     """
     Hearing.prepare()
     _raise_file_limit()
@@ -59,7 +59,8 @@ def serve(mountpoint: str, options: Options, ready: Callable[[], None]) -> int:
     logging.getLogger("pyfuse3").addFilter(_tells_something)
     daemon = Daemon(mountpoint, options)
     eager.install()
-    pyfuse3.init(daemon.operations, mountpoint, _fuse_options(options))
+    with mounting.alone(mountpoint):
+        pyfuse3.init(daemon.operations, mountpoint, _fuse_options(options))
     try:
         trio.run(daemon.run, ready)
     finally:

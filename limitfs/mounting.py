@@ -8,6 +8,7 @@ are asked by a child that can be left behind.
 import contextlib
 import enum
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -118,6 +119,25 @@ def resolve(directory: str) -> str:
     parent, name = os.path.split(os.path.abspath(directory))
     place = os.path.join(os.path.realpath(parent), name)
     return place if is_mounted(place) else os.path.realpath(place)
+
+
+@contextlib.contextmanager
+def alone(mountpoint: str) -> Iterator[None]:
+    """Keep others from mounting limitfs there: two who looked at the same moment would stack their mounts.
+
+    The directory is locked, flock(2), where it may be opened for reading and its filesystem can.
+
+    Raises:
+        MountError: somebody was faster.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            directory = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, directory)
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        if is_mounted(mountpoint):
+            raise MountError(f"{mountpoint} is already mounted")
+        yield
 
 
 # --- asking

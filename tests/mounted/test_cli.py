@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import PATIENCE, Helper, lines_of
+from limitfs import mounting
 from limitfs.errors import Gone
 from limitfs.resources import procfs
 
@@ -38,6 +39,21 @@ def test_mount_returns_when_the_mount_answers(mountpoint: Path) -> None:
     again = limitfs("mount", mountpoint)
     assert again.returncode == 1
     assert "already mounted" in again.stderr
+
+
+def test_of_many_who_mount_at_once_one_does(tmp_path: Path) -> None:
+    at = tmp_path / "limits"
+    at.mkdir()
+    command = [sys.executable, "-m", "limitfs", "mount", str(at), "-o", f"log={tmp_path / 'log'}"]
+    begun = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    try:
+        ends = [(one.communicate(timeout=PATIENCE * 2)[1].partition("\n")[0], one.returncode) for one in begun]
+        assert sorted(ends) == [("", 0), *[(f"limitfs: {at} is already mounted", 1)] * 3]
+        assert len([mount for mount in mounting.limitfs_mounts() if mount.mountpoint == str(at)]) == 1
+        assert (at / "features").read_text().startswith("resource\t")
+    finally:
+        while mounting.is_mounted(str(at)):
+            subprocess.run(["umount", "-l", at], check=True)
 
 
 def test_status_shows_the_mount_and_what_is_armed(mountpoint: Path, helper: Make) -> None:
