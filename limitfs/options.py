@@ -123,8 +123,10 @@ def _value(name: str, value: str, given: bool) -> Any:
         return value
     if name in ("rules", "state"):
         # The daemon leaves the working directory.
-        paths = value.split(":") if name == "rules" else [value]
-        return value if value == NONE else ":".join(os.path.abspath(path) for path in paths if path)
+        paths = [path for path in (value.split(":") if name == "rules" else [value]) if path]
+        if not paths:
+            raise Invalid(f"mount option {name}={value} names no directory")
+        return value if value == NONE else ":".join(map(os.path.abspath, paths))
     named = {"off": 0, "noaccess": 1, "invisible": 2}
     number = named.get(value, int(value) if value.isascii() and value.isdigit() else -1)
     if number < 0 or (name == "hidepid" and number > 2):

@@ -81,8 +81,9 @@ class Store:
         found = os.lstat(directory)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise PermissionError(f"{directory} is no directory of ours")
-        if found.st_mode & 0o077:
-            os.chmod(directory, 0o700)
+        # Its mode is not ours to change: somebody chose the directory, and may use it for more.
+        if found.st_mode & 0o022:
+            raise PermissionError(f"others may write in {directory}")
 
     def _connect(self) -> None:
         """Open the file, and hold it: who comes while we do gets "locked"."""

@@ -45,7 +45,7 @@ def test_sloppy_passes_over_names_but_not_over_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["hidepid", "hidepid=3", "max_open=-1", "max_open=", "hearing=loud", "allow_other=1"]
+    "word", ["hidepid", "hidepid=3", "max_open=-1", "max_open=", "hearing=loud", "allow_other=1", "rules=:"]
 )
 def test_a_bad_value_is_refused(word: str) -> None:
     with pytest.raises(Invalid, match=word.partition("=")[0]):

@@ -62,11 +62,35 @@ def test_what_was_kept_comes_back_in_order(tmp_path: Path) -> None:
 
 def test_it_is_private(tmp_path: Path) -> None:
     directory = tmp_path / "state"
-    directory.mkdir(mode=0o777)
     made, _found = opened(directory)
     made.put("a", 1)
     assert directory.stat().st_mode & 0o777 == 0o700
     assert file_of(directory).stat().st_mode & 0o077 == 0
+    made.close(forget=True)
+
+
+def test_the_mode_of_a_directory_that_is_there_stays(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    directory.mkdir()
+    directory.chmod(0o755)
+    made, _found = opened(directory)
+    made.put("a", 1)
+    assert made.trouble is None
+    assert directory.stat().st_mode & 0o777 == 0o755
+    assert file_of(directory).stat().st_mode & 0o077 == 0
+    made.close(forget=True)
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o770])
+def test_a_directory_where_others_write_is_refused(tmp_path: Path, mode: int) -> None:
+    directory = tmp_path / "state"
+    directory.mkdir()
+    directory.chmod(mode)
+    made, _found = opened(directory)
+    assert made.trouble is not None
+    assert f"others may write in {directory}" in made.trouble
+    assert directory.stat().st_mode & 0o7777 == mode
+    assert list(directory.iterdir()) == []
     made.close(forget=True)
 
 
