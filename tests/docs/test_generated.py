@@ -70,7 +70,9 @@ def test_the_manual_has_every_command_and_option(name: str, command: click.Comma
 def test_the_manual_has_every_mount_option() -> None:
     page = (DOCS / "man/limitfs.8").read_text()
     assert [name for name in names() if f".It Cm {name}" not in page] == []
-    (listed,) = re.findall(r"^\.It Cm (allow_other , .*)$", (DOCS / "man/mount.limitfs.8").read_text(), re.MULTILINE)
+    (listed,) = re.findall(
+        r"^\.It Cm (allow_other , .*)$", (DOCS / "man/mount.limitfs.8").read_text(), re.MULTILINE
+    )
     assert set(listed.split(" , ")) == {*names(), "noallow_other"}
 
 
