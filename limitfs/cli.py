@@ -205,19 +205,19 @@ def _parse_options(options: Iterable[str]) -> "Options":
 
 
 def make_way(mountpoint: str, *, mkdir: bool = False) -> None:
-    """See that limitfs can be mounted there, detaching what a dead daemon left.
+    """See that limitfs can be mounted there, detaching what a dead daemon left; one that lives is let be.
 
     Raises:
         MountError: it is mounted already, or this is no directory that one can mount at.
     """
     while mounting.is_mounted(mountpoint):
         health, _ = mounting.ask(mountpoint)
-        if health is Health.SILENT:
+        if health is Health.SILENT and not mounting.is_orphaned(mountpoint):
             raise MountError(
                 f"{mountpoint} is already mounted, but does not answer",
                 f"take it away with `limitfs umount --lazy {mountpoint}`",
             )
-        if health is not Health.STALE:
+        if health not in (Health.STALE, Health.SILENT):
             raise MountError(f"{mountpoint} is already mounted")
         mounting.unmount(mountpoint, lazy=True)
         click.echo(f"limitfs: detached the mount that a dead daemon left at {mountpoint}", err=True)

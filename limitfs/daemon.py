@@ -8,7 +8,7 @@ import resource as rlimits
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyfuse3
 import trio
@@ -38,6 +38,8 @@ from limitfs.watching.watcher import Surroundings
 
 log = logging.getLogger(__name__)
 
+OBEYED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that end a daemon, or have it read the rules."""
 NICE = -10
 """See setpriority(2)."""
 PATIENCE = 0.3
@@ -60,6 +62,8 @@ def serve(mountpoint: str, options: Options, ready: Callable[[], None]) -> int:
     daemon = Daemon(mountpoint, options)
     eager.install()
     with mounting.alone(mountpoint):
+        # From now on whoever ends it means the mount, too: obeyed as soon as it can be.
+        signal.pthread_sigmask(signal.SIG_BLOCK, OBEYED)
         pyfuse3.init(daemon.operations, mountpoint, _fuse_options(options))
     try:
         trio.run(daemon.run, ready)
@@ -153,6 +157,10 @@ class Daemon:
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve requests, sources and inotify until the mount ends."""
         self.begin()
+        if told := _told_to_end():
+            # Before anybody was served; what was not set up again yet is kept for the next.
+            self._unmounted = signal.SIGTERM not in told
+            return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.reactor.run)
             nursery.start_soon(self.notifier.run)
@@ -165,12 +173,16 @@ class Daemon:
             nursery.cancel_scope.cancel()
 
     def begin(self) -> None:
-        """Set up what the daemon before had, and what the rules say, before anybody is served."""
+        """Set up what the daemon before had, and what the rules say, before anybody is served.
+
+        It stops half-way when this process was told to end.
+        """
         self._follow_table()
         found = self.store.open()
-        self.house.recall.restore(found)
+        self.house.recall.restore(found, _told_to_end)
         self.house.rules.restore(found, self.house.recall.lost)
-        self.house.rules.reload()
+        if not _told_to_end():
+            self.house.rules.reload(_told_to_end)
 
     def facts(self) -> dict[str, object]:
         """What the root's `state` tells of the daemon."""
@@ -195,7 +207,7 @@ class Daemon:
     # The end
 
     async def _obey_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*OBEYED) as signals, _let_through():
             async for number in signals:
                 if number == signal.SIGHUP:
                     self.house.rules.reload()
@@ -252,6 +264,22 @@ class Daemon:
                 log.exception("disarming %s", watcher.path)
         self.hearing.close()
         self.reactor.close()
+
+
+@contextlib.contextmanager
+def _let_through() -> Iterator[None]:
+    """Have the signals that are obeyed delivered; what comes later must not end this with the mount in place."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OBEYED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, OBEYED)
+
+
+def _told_to_end() -> set[signal.Signals]:
+    """The signals to end that have come, while they are not let through."""
+    pending: set[signal.Signals] = signal.sigpending()
+    return pending & {signal.SIGTERM, signal.SIGINT}
 
 
 def _directories(options: Options) -> Sequence[str]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 FSTYPE = "fuse.limitfs"
+FUSECTL = "/sys/fs/fuse/connections"
 READY = b"\0"
 RESPAWN_PAUSE = 1.0
 """Seconds before a daemon that crashed is started again; twice as long each time that this does not help."""
@@ -67,6 +68,7 @@ class Health(enum.StrEnum):
     SILENT = "does not answer"
     PRIVATE = "mounted by another user, for that user only"
     ABSENT = "has no such file"
+    EXCESSIVE = "says more than anybody would read"
 
 
 # --- the kernel's table
@@ -144,14 +146,17 @@ def alone(mountpoint: str) -> Iterator[None]:
 
 # statvfs is never answered from a cache. Exit code: the errno, 0 for an answer.
 _QUESTION = """
-import os, sys
-path, wants_text, command = sys.argv[1:]
+import errno, os, sys
+path, longest, command = sys.argv[1:]
 try:
     os.statvfs(path)
     if command:
         os.write(os.open(path, os.O_WRONLY), command.encode())
-    if wants_text:
-        os.write(1, open(path, "rb").read(32768))
+    if int(longest):
+        text = open(path, "rb").read(int(longest) + 1)
+        if len(text) > int(longest):
+            sys.exit(errno.EFBIG)
+        os.write(1, text)
 except OSError as error:
     sys.exit(error.errno)
 """
@@ -161,7 +166,10 @@ _HEALTH = {
     errno.ECONNABORTED: Health.STALE,
     errno.EACCES: Health.PRIVATE,
     errno.ENOENT: Health.ABSENT,
+    errno.EFBIG: Health.EXCESSIVE,
 }
+LONGEST_ANSWER = 64 << 20
+"""Bytes; what a user mounted may well be no limitfs of ours, and give text without end."""
 
 
 def ask(path: str, *, text: bool = False, command: str = "", patience: float = 2.0) -> tuple[Health, str]:
@@ -169,34 +177,50 @@ def ask(path: str, *, text: bool = False, command: str = "", patience: float = 2
 
     Args:
         path: the mount point, or a file below it.
-        text: also read the file, up to 32 KiB.
+        text: also read the file, all of it.
         command: is written to the file before.
         patience: seconds to wait for the answer.
 
     Returns:
         How it went, and the text (empty without an answer).
     """
+    deadline = time.monotonic() + patience
     reader, writer = os.pipe()
     try:
         try:
             child = _spawn_question(path, text, command, writer)
         finally:
             os.close(writer)
-        code = _exit_code(child, patience)
-        if code is None:
-            return Health.SILENT, ""
-        answer = os.read(reader, 32768) if code == 0 else b""
+        # Read while it writes: it does not end before a text that is longer than the pipe has been taken.
+        answer = _drain(reader, deadline)
+        code = _exit_code(child, max(0.0, deadline - time.monotonic()))
     finally:
         os.close(reader)
-    return _HEALTH.get(code, Health.SILENT), answer.decode(errors="replace")
+    if answer is None or code is None:
+        return Health.SILENT, ""
+    return _HEALTH.get(code, Health.SILENT), answer.decode(errors="replace") if code == 0 else ""
 
 
 def _spawn_question(path: str, text: bool, command: str, writer: int) -> int:
     # The child may outlive us in an uninterruptible wait: it must not hold our caller's pipes.
     quiet = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 2)]
-    argv = [sys.executable, "-I", "-S", "-c", _QUESTION, path, "1" if text else "", command]
+    longest = str(LONGEST_ANSWER if text else 0)
+    argv = [sys.executable, "-I", "-S", "-c", _QUESTION, path, longest, command]
     actions = [*quiet, (os.POSIX_SPAWN_DUP2, writer, 1)]
     return os.posix_spawn(sys.executable, argv, os.environ, file_actions=actions)
+
+
+def _drain(reader: int, deadline: float) -> bytes | None:
+    """All that is written there until the last writer is gone; None where that takes until `deadline`."""
+    heard = bytearray()
+    poller = select.poll()
+    poller.register(reader, select.POLLIN)
+    while poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        chunk = os.read(reader, 65536)
+        if not chunk:
+            return bytes(heard)
+        heard += chunk
+    return None
 
 
 def _exit_code(child: int, patience: float) -> int | None:
@@ -309,6 +333,7 @@ def keep(serve: Callable[[Callable[[], None]], int], ready: Callable[[], None]) 
     """Run `serve` in a child, and in another one whenever that crashed: where no service manager does so.
 
     A child that hangs ends itself, as it does under systemd. Signals that end or reload a daemon are passed on.
+    Between two children the former end this, and the latter are for nobody: each child reads the rules anyway.
 
     Args:
         serve: as for `launch`.
@@ -323,7 +348,8 @@ def keep(serve: Callable[[Callable[[], None]], int], ready: Callable[[], None]) 
         _log.critical(
             "the daemon %s: starting it again", f"was killed by signal {-code}" if code < 0 else "failed"
         )
-        time.sleep(pause)
+        if _told_to_end(pause):
+            return 0
         began = time.monotonic()
         code, _ = _serve_apart(serve, _nothing)
         lived = time.monotonic() - began
@@ -336,14 +362,28 @@ _MEANT = (0, -signal.SIGTERM, -signal.SIGINT)
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+def _told_to_end(pause: float) -> bool:
+    """Wait so many seconds, with these signals blocked; whether one of those that end a daemon came."""
+    deadline = time.monotonic() + pause
+    while told := signal.sigtimedwait(_PASSED_ON, max(0.0, deadline - time.monotonic())):
+        if told.si_signo != signal.SIGHUP:
+            return True
+    return False
+
+
 def _serve_apart(serve: Callable[[Callable[[], None]], int], ready: Callable[[], None]) -> tuple[int, bool]:
-    """Run `serve` in a child until it ends; gives its exit code (a signal: negative), and whether it got ready."""
+    """Run `serve` in a child until it ends; gives its exit code (a signal: negative), and whether it got ready.
+
+    Leaves the signals that are passed on blocked, for whoever has no child to pass them on to.
+    """
     reader, writer = os.pipe()
     # What comes before somebody is there to pass it on to waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = os.fork()
     if child == 0:
         os.close(reader)
+        # Until it listens, it has not read the rules either.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         os.environ["WATCHDOG_USEC"] = str(WATCHDOG_USEC)
         _serve_and_exit(serve, lambda: _tell_ready(writer))
@@ -364,6 +404,7 @@ def _serve_apart(serve: Callable[[Callable[[], None]], int], ready: Callable[[],
         ready()
     # It keeps its number until it is waited for: no signal goes to another process.
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     for number in _PASSED_ON:
         signal.signal(number, signal.SIG_DFL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -468,12 +509,18 @@ def _comm(process: str) -> str:
 def unmount(mountpoint: str, *, lazy: bool = False, patience: float = 10.0) -> None:
     """Take the mount away, and wait until it is out of the table and, unless lazy, its daemon has ended.
 
+    Where a lazy one finds that the mount does not answer, the connection to its daemon is aborted, too: who waits
+    for it gets an error, and what is left of a daemon that was killed can end.
+
     Raises:
         MountError: it is busy (the hint names the holders), or may not be unmounted.
     """
+    silent = lazy and ask(mountpoint)[0] is Health.SILENT
+    if silent:
+        _abort(mountpoint)
     daemon = None if lazy else _daemon_of(mountpoint)
     try:
-        _run_umount(mountpoint, lazy, patience)
+        _run_umount(mountpoint, lazy, patience, force=silent)
         deadline = time.monotonic() + patience
         while is_mounted(mountpoint):
             if time.monotonic() > deadline:
@@ -496,9 +543,62 @@ def _daemon_of(mountpoint: str) -> int | None:
         return None
 
 
-def _run_umount(mountpoint: str, lazy: bool, patience: float) -> None:
-    # umount -c: finding the canonical path would touch a mount that may hang.
-    as_root = ["umount", "-c", *(["-l"] if lazy else []), mountpoint]
+def _abort(mountpoint: str) -> None:
+    """By fusectl, where that is mounted: root may, and who mounted it; see the kernel's page on FUSE."""
+    mount = top_mount(mountpoint)
+    if mount is not None:
+        with contextlib.suppress(OSError), open(f"{FUSECTL}/{_minor(mount)}/abort", "wb", buffering=0) as file:
+            file.write(b"1")
+
+
+def _minor(mount: Mount) -> str:
+    return mount.device.partition(":")[2]
+
+
+def is_orphaned(mountpoint: str, proc: str = "/proc") -> bool:
+    """Whether all that holds a mount are threads of a process that has been killed, and waits for them.
+
+    They wait for the mount: nobody but who aborts it ends that. False where it cannot be told: a kernel older than
+    Linux 6.18 may not say which mount a descriptor of /dev/fuse is for.
+    """
+    mount = top_mount(mountpoint)
+    if mount is None:
+        return False
+    left = False
+    for name in filter(str.isdigit, os.listdir(proc)):
+        process = f"{proc}/{name}"
+        try:
+            ended = _is_zombie(process)
+            # A zombie has no descriptors, but its threads may.
+            tables = [f"{process}/task/{tid}" for tid in os.listdir(f"{process}/task")] if ended else [process]
+            if any(_serves(table, mount) for table in tables):
+                if not ended:
+                    return False
+                left = True
+        except OSError:
+            continue  # it ended meanwhile, or we may not look into it
+    return left
+
+
+def _is_zombie(process: str) -> bool:
+    with open(f"{process}/stat", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+
+
+def _serves(table: str, mount: Mount) -> bool:
+    """Whether a process or thread has the mount's /dev/fuse open."""
+    for fd in os.listdir(f"{table}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"{table}/fd/{fd}") == "/dev/fuse":
+                with open(f"{table}/fdinfo/{fd}") as file:
+                    if f"fuse_connection:\t{_minor(mount)}\n" in file.read():
+                        return True
+    return False
+
+
+def _run_umount(mountpoint: str, lazy: bool, patience: float, *, force: bool = False) -> None:
+    # umount -c: finding the canonical path would touch a mount that may hang. -f aborts, also without fusectl.
+    as_root = ["umount", "-c", *(["-l"] if lazy else []), *(["-f"] if force else []), mountpoint]
     as_user = ["fusermount3", "-u", *(["-z"] if lazy else []), mountpoint]
     command = as_root if os.geteuid() == 0 else as_user
     try:

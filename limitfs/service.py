@@ -10,8 +10,11 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import trio
+
+from limitfs.caller import Caller
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +81,22 @@ async def attend(mountpoint: str, status: Callable[[], str]) -> None:
         os.environ.pop(name, None)
     if not manager and manager.interval is None:
         return
-    await _answer(mountpoint)
-    try:
-        # Before anybody relies on it, and not anew at once: for a moment between two there is none.
-        _end_if_it_hangs(manager.interval)
-        manager.tell("READY=1", f"STATUS={status()}")
-        while manager.interval is not None:
-            await trio.sleep(manager.interval)
-            await _answer(mountpoint)
-            manager.tell("WATCHDOG=1", f"STATUS={status()}")
+    ask = partial(_answer, mountpoint)
+    with Caller() as caller:
+        await caller.call(ask)
+        try:
+            # Before anybody relies on it, and not anew at once: for a moment between two there is none.
             _end_if_it_hangs(manager.interval)
-        await trio.sleep_forever()
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        manager.tell("STOPPING=1")
+            manager.tell("READY=1", f"STATUS={status()}")
+            while manager.interval is not None:
+                await trio.sleep(manager.interval)
+                await caller.call(ask)
+                manager.tell("WATCHDOG=1", f"STATUS={status()}")
+                _end_if_it_hangs(manager.interval)
+            await trio.sleep_forever()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            manager.tell("STOPPING=1")
 
 
 def _end_if_it_hangs(interval: float | None) -> None:
@@ -101,10 +106,10 @@ def _end_if_it_hangs(interval: float | None) -> None:
         faulthandler.dump_traceback_later(interval * _HANGS, exit=True)
 
 
-async def _answer(mountpoint: str) -> None:
+def _answer(mountpoint: str) -> None:
     # statvfs(2) is never answered from a cache. What was unmounted has answered: the daemon is about to end.
     with contextlib.suppress(OSError):
-        await trio.to_thread.run_sync(os.statvfs, mountpoint, abandon_on_cancel=True)
+        os.statvfs(mountpoint)
 
 
 # --- the journal

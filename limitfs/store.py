@@ -50,7 +50,8 @@ class Store:
         self._path = os.path.join(directory or "", _file_name(mountpoint))
         self._call_later = call_later
         self._db: sqlite3.Connection | None = None
-        self._pending: dict[str, str | None] = {}
+        # By key as the file holds it: a name in it may be no UTF-8.
+        self._pending: dict[bytes, str | None] = {}
         self._holding = False
         self._delay = RETRY
         self.trouble: str | None = None
@@ -65,12 +66,12 @@ class Store:
             self._make_private(self._directory)
             self._connect()
             found = self._left()
-        except (sqlite3.OperationalError, OSError) as error:
-            self._close()
-            self._fail(error)
-            return {}
-        except sqlite3.DatabaseError as error:
-            self._set_aside(error)
+        except (sqlite3.Error, OSError) as error:
+            if _is_damage(error):
+                self._set_aside(error)
+            else:
+                self._close()
+                self._fail(error)
             return {}
         return found
 
@@ -119,7 +120,7 @@ class Store:
         self.put("about", present)
         return found
 
-    def _set_aside(self, error: sqlite3.Error) -> None:
+    def _set_aside(self, error: Exception) -> None:
         log.warning(
             "%s is damaged (%s): nothing comes back from it; it is kept as %s.damaged",
             self._path, error, self._path,
@@ -164,7 +165,7 @@ class Store:
     def _write(self, key: str, text: str | None) -> None:
         if self._directory is None:
             return
-        self._pending[key] = text
+        self._pending[os.fsencode(key)] = text
         if not self._holding:
             self._write_pending()
 
@@ -183,11 +184,11 @@ class Store:
         try:
             for key, text in self._pending.items():
                 if text is None:
-                    self._db.execute("delete from kept where key = ?", (key,))
+                    self._db.execute("delete from kept where key = cast(? as text)", (key,))
                 else:
-                    self._db.execute("insert or replace into kept values (?, ?)", (key, text))
+                    self._db.execute("insert or replace into kept values (cast(? as text), ?)", (key, text))
             self._db.execute("commit")
-        except sqlite3.Error:
+        except BaseException:
             if self._db.in_transaction:
                 self._db.execute("rollback")
             raise
@@ -229,7 +230,7 @@ class Store:
         self._connect()
         assert self._db is not None
         self._db.execute("delete from kept")
-        self._pending["about"] = json.dumps([FORMAT, _boot()])
+        self._pending[b"about"] = json.dumps([FORMAT, _boot()])
 
     # The end
 
@@ -253,6 +254,14 @@ class Store:
                 os.unlink(self._path + tail)
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether it is what lies there that cannot be used, not the way to it."""
+    if isinstance(error, sqlite3.OperationalError):
+        # The file has been read, and is of another format, or has other tables.
+        return error.sqlite_errorcode == sqlite3.SQLITE_ERROR
+    return isinstance(error, sqlite3.DatabaseError)
+
+
 def _check(db: sqlite3.Connection) -> None:
     """Raises sqlite3.DatabaseError where the file is damaged."""
     (found,) = db.execute("pragma quick_check(1)").fetchone()
@@ -273,8 +282,8 @@ def _boot() -> str:
 
 
 def _text(raw: bytes) -> str:
-    """What is no text any more is found out when it is used."""
-    return raw.decode(errors="replace")
+    """As it was put; what is damaged is found out when it is used."""
+    return os.fsdecode(raw)
 
 
 def _readable(rows: Iterator[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:

@@ -180,8 +180,8 @@ class _One:
         del member
         self._listener.reading(self._partition, value)
 
-    def gone(self, member: Target) -> None:
-        del member
+    def gone(self, member: Target, peak: float | None = None) -> None:
+        del member, peak
         self._owner.removed(self._partition)
 
     def missed(self, member: Target, alarms: int) -> None:
@@ -190,3 +190,6 @@ class _One:
 
     def lost(self, count: int) -> None:
         self._listener.lost(count)
+
+    def lapsed(self) -> None:
+        self._listener.lapsed()

@@ -119,6 +119,7 @@ class ProcessMembers:
         self._owner = owner
         self._known: dict[int, Process] = {}
         self._lingering: dict[int, Death] = {}
+        self._closed = False
         self._subscription: Subscription | None = None
 
     def start(self) -> None:
@@ -132,7 +133,8 @@ class ProcessMembers:
             raise
 
     def close(self) -> None:
-        """Tell no more."""
+        """Tell no more; the owner may have had enough while he was told."""
+        self._closed = True
         if self._subscription is not None:
             self._subscription.close()
         for death in self._lingering.values():
@@ -179,7 +181,7 @@ class ProcessMembers:
     def _leader_ended(self, pid: int) -> None:
         """Its first thread has; where others live on, the end of the last one is waited for."""
         process = self._known.get(pid)
-        if process is None or pid in self._lingering:
+        if process is None or pid in self._lingering or self._closed:
             return
         try:
             if procfs.verify(process).zombie:

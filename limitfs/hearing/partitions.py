@@ -94,7 +94,7 @@ class Directories:
             try:
                 self._inotify.rm_watch(number)
             except OSError:  # the kernel dropped it with its directory
-                log.debug("%s was not watched any more", directory)
+                log.debug("%a was not watched any more", directory)
         self._close_if_unused()
 
     def _close_if_unused(self) -> None:
@@ -116,11 +116,14 @@ class Directories:
                 try:
                     callback(name)
                 except Exception:  # the others must hear it all the same
-                    log.exception("told of a change in %s, somebody failed", directory)
+                    log.exception("told of a change in %a, somebody failed", directory)
 
 
 class PartitionMembers:
-    """Tells an owner of every partition below the root: those that are there, then those that come and go."""
+    """Tells an owner of every partition below the root: those that are there, then those that come and go.
+
+    Down to `cgroups.DEEPEST`.
+    """
 
     def __init__(self, directories: Directories, owner: Owner) -> None:
         self._directories = directories
@@ -159,7 +162,7 @@ class PartitionMembers:
                 except Refused as refusal:
                     if not self._started:
                         raise
-                    log.warning("what comes and goes below %s is not heard: %s", path, refusal)
+                    log.warning("what comes and goes below %a is not heard: %s", path, refusal)
                     ends[directory] = _nothing
         self._changed(path, None)
 
@@ -191,6 +194,8 @@ class PartitionMembers:
 
     def _new(self, above: str, name: str) -> None:
         path = cgroups.join(above, name)
+        if cgroups.depth(path) > cgroups.DEEPEST:
+            return
         try:
             partition = cgroups.identify(path)
         except Gone:

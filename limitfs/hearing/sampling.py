@@ -10,6 +10,7 @@ watcher was armed can tell nothing below it, and then the guarantee is only "sam
 """
 
 import contextlib
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Guarantee, Listener, Refused, Want
 from limitfs.resources import members, procfs
 from limitfs.resources.model import Measured, Partition, Partitions, Process, Processes, Resource, Target, Thread
+
+log = logging.getLogger(__name__)
 
 SHORTEST = 0.1
 """Seconds; a level that is about to be reached is looked at this often."""
@@ -52,6 +55,7 @@ class Sampled:
         # The last look, on the clock of births; 0: there was none.
         self._looked = 0.0
         self._disarmed = False
+        self._failing = False
         self._look()
 
     @property
@@ -80,21 +84,35 @@ class Sampled:
     # One look
 
     def _look(self) -> None:
+        """Raises what nobody expected; only the first time, when it can be told to who arms."""
         self._timer = None
         now, uptime = self._reactor.now(), procfs.uptime()
         try:
             period = self._report(dict(self._read(now)), max(now - self._last, 1e-6))
+            self._failing = False
         except Gone:
             self._listener.gone(self._want.target)
             return
         except Unsupported:
             period = LONGEST  # what cannot be told just now (a running thread's stack) may be told later
+        except Exception:
+            if not self._looked:
+                raise
+            period = LONGEST
+            self._failed()
         self._last, self._looked = now, uptime
         if self._disarmed:
             return  # the listener had enough while it was told (once)
         self.period = period
         due = math.ceil((now + period) / GRID) * GRID
         self._timer = self._reactor.call_at(due, self._look)
+
+    def _failed(self) -> None:
+        """What nobody expected must not be the end of it: say once that a look is missing, and look again."""
+        if not self._failing:
+            self._failing = True
+            log.exception("looking at %s of %s failed", self._want.resource.name, self._want.target)
+            self._listener.lost(1)
 
     def _read(self, now: float) -> Iterator[tuple[Target, float]]:
         want = self._want

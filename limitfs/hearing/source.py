@@ -63,14 +63,22 @@ class Listener(Protocol):
     def reading(self, member: Target, value: float) -> None:
         """The value of `member` now; where the source saw a peak that is over, it reports both in turn."""
 
-    def gone(self, member: Target) -> None:
-        """`member` has ended; nothing more will be said of it."""
+    def gone(self, member: Target, peak: float | None = None) -> None:
+        """`member` has ended; nothing more will be said of it.
+
+        Args:
+            member: who.
+            peak: the highest value that it had since it was first in alarm; None: only what was told is known.
+        """
 
     def missed(self, member: Target, alarms: int) -> None:
         """`member` entered alarm that many times of which no reading could be kept; they count all the same."""
 
     def lost(self, count: int) -> None:
         """`count` messages of the kernel were lost; fresh readings follow."""
+
+    def lapsed(self) -> None:
+        """Not all can be heard any more in this way: another source is to be armed instead."""
 
 
 class Armed(Protocol):

@@ -29,6 +29,12 @@ ROOT = "/"
 """The path of the root of every hierarchy."""
 
 _SIZE = 65_536
+_LONG = 128
+"""Bytes of a directory's path beyond which the way to what is below begins anew: each name on it costs, and the
+kernel takes no path of PATH_MAX."""
+DEEPEST = 15
+"""Levels down to which partitions are told one by one, as far as hooks tell them apart. Cgroups nest by
+the thousand, and each counts for all above it."""
 _UNLIMITED = 2**62
 """Version 1 writes "no limit" as LONG_MAX, rounded down to a page."""
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -199,9 +205,14 @@ def within(path: str, above: str) -> bool:
     return above == ROOT or path == above or path.startswith(f"{above}/")
 
 
+def depth(path: str) -> int:
+    """How many levels a path is below the root."""
+    return path.rstrip("/").count("/")
+
+
 def partitions(path: str = ROOT) -> Iterator[Partition]:
-    """Every partition below a path."""
-    for name in children(path):
+    """Every partition below a path, down to `DEEPEST`."""
+    for name in children(path) if depth(path) < DEEPEST else ():
         below = join(path, name)
         with contextlib.suppress(Gone):
             yield identify(below)
@@ -223,7 +234,8 @@ def unified_id(partition: Partition) -> int | None:
 def of(pid: int) -> str | None:
     """The path of the partition that a process belongs to; None on a machine without.
 
-    Where the unified hierarchy is not used (it has all processes in its root), the next one tells.
+    Where the unified hierarchy is not used (it has all processes in its root), the next one tells; but not of a
+    path whose processes another one tells.
 
     Raises:
         Gone: the process ended.
@@ -231,7 +243,7 @@ def of(pid: int) -> str | None:
     paths = _paths(pid)
     for hierarchy in hierarchies():
         path = paths.get(_key(hierarchy))
-        if path is not None and path != ROOT:
+        if path is not None and path != ROOT and _home(path) in (hierarchy, None):
             return path
     return ROOT if paths else None
 
@@ -255,10 +267,15 @@ def home(partition: Partition) -> Hierarchy:
     Raises:
         Gone: it was removed.
     """
-    for hierarchy in hierarchies():
-        if os.path.isdir(hierarchy.directory(partition.path)):
-            return hierarchy
-    raise _gone(partition.path)
+    hierarchy = _home(partition.path)
+    if hierarchy is None:
+        raise _gone(partition.path)
+    return hierarchy
+
+
+def _home(path: str) -> Hierarchy | None:
+    """The first that has it."""
+    return next((each for each in hierarchies() if os.path.isdir(each.directory(path))), None)
 
 
 def belongs(pid: int, partition: Partition) -> bool:
@@ -302,20 +319,87 @@ def pids(partition: Partition) -> list[int]:
     Raises:
         Gone: it was removed.
     """
-    for directory in directories(partition.path):
-        found: list[int] = []
-        _collect(directory, found)
+    for top in directories(partition.path):
+        found = _residents(top, DEEPEST - depth(partition.path))
         if not found:
             check(partition)
-        return found
+        return list(found)
     raise _gone(partition.path)
 
 
-def _collect(directory: str, found: list[int]) -> None:
-    with contextlib.suppress(OSError):  # removed meanwhile; or of a threaded one, whose processes are told above
-        found += _numbers(f"{directory}/cgroup.procs")
-    for name in _below(directory):
-        _collect(f"{directory}/{name}", found)
+_looked: dict[str, dict[int, None]] | None = None
+"""Whom each directory had, with all below it, in the present look at all partitions."""
+
+
+@contextlib.contextmanager
+def one_look() -> Iterator[None]:
+    """Read each cgroup once, for itself and for all above it, until this ends."""
+    global _looked
+    _looked = {}
+    try:
+        yield
+    finally:
+        _looked = None
+
+
+def _residents(directory: str, levels: int) -> dict[int, None]:
+    """Who is in a directory, or below it; so many levels are told one by one."""
+    if _looked is not None and directory in _looked:
+        return _looked[directory]
+    # A threaded cgroup's processes are listed in the one above its tree, too.
+    if levels > 0:
+        found = dict.fromkeys(_listed(directory))
+        for name in _below(directory):
+            found.update(_residents(f"{directory}/{name}", levels - 1))
+    else:
+        found = dict.fromkeys(pid for each in _all_below(directory) for pid in _listed(each))
+    if _looked is not None:
+        _looked[directory] = found
+    return found
+
+
+def _all_below(top: str) -> Iterator[str]:
+    """A directory, and every one below it, by paths that the kernel takes, however deep and long its own are."""
+    # Those to be looked at, and descriptors that nothing is below any more when they are reached.
+    waiting: list[str | int] = [top]
+    try:
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, int):
+                os.close(each)
+                continue
+            if len(os.fsencode(each)) > _LONG:
+                try:
+                    fd = os.open(each, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                except OSError:  # removed meanwhile
+                    continue
+                waiting.append(fd)
+                each = f"/proc/self/fd/{fd}"
+            yield each
+            waiting += [f"{each}/{name}" for name in _below(each)]
+    finally:
+        for each in waiting:
+            if isinstance(each, int):
+                os.close(each)
+
+
+def _listed(directory: str) -> list[int]:
+    """The processes of one cgroup; of a threaded one those whose first thread is there, as in /proc/PID/cgroup."""
+    try:
+        return _numbers(f"{directory}/cgroup.procs")
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            return []  # removed meanwhile
+    with contextlib.suppress(OSError):
+        return [tid for tid in _numbers(f"{directory}/cgroup.threads") if _leads(tid)]
+    return []
+
+
+def _leads(tid: int) -> bool:
+    """Whether a thread is the first of its process."""
+    with contextlib.suppress(Gone):
+        return procfs.thread_group(tid) == tid
+    return False
 
 
 def _numbers(path: str) -> list[int]:

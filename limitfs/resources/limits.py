@@ -123,11 +123,12 @@ def _amount(written: re.Match[str], unit: Unit) -> float:
             f"{word!r} is not a number of {unit}", f"units: {known}" if known else "write a plain number", at=at
         )
     number = Fraction(match[1]) * suffixes[match[2]]
-    if number.denominator != 1:
+    # A share of the CPU is kept in microseconds of each period; all else is counted in its unit.
+    if number.denominator != 1 and unit is not Unit.PERCENT:
         raise Impossible(f"{word!r} is not a whole number", "the kernel keeps limits as whole numbers", at=at)
     if number >= _LARGEST:
         raise Impossible(f"{word!r} is more than the kernel can hold", 'write "max" for no limit', at=at)
-    return int(number)
+    return int(number) if number.denominator == 1 else float(number)
 
 
 def _ordered(soft: float, hard: float) -> None:
@@ -138,7 +139,9 @@ def _ordered(soft: float, hard: float) -> None:
 
 
 def _shown(number: float) -> str:
-    return "max" if math.isinf(number) else str(int(number))
+    if math.isinf(number):
+        return "max"
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 def set_limit(

@@ -155,6 +155,15 @@ def usage(resource: Resource, target: Target) -> float:
 def usages(resource: Resource, target: Target) -> Iterator[tuple[Measured, float]]:
     """The use of each member now, without those that end meanwhile or cannot be told just now (a stack in use)."""
     resource = resource.look()
+    if isinstance(target, Partitions):
+        with cgroups.one_look():
+            found = list(_usages(resource, target))
+        yield from found
+        return
+    yield from _usages(resource, target)
+
+
+def _usages(resource: Resource, target: Target) -> Iterator[tuple[Measured, float]]:
     for member in members(target):
         try:
             yield member, usage(resource, member)

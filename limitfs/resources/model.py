@@ -81,10 +81,22 @@ class Group(ABC):
     Attributes:
         name: the directory's.
         number: never used twice while the daemon runs.
+        all_users: whether it may hold everybody's processes, not just those of its owner.
     """
 
     name: str
     number: int
+    all_users: bool = True
+
+    @property
+    def behind(self) -> bool:
+        """Whether some who belong may not be known yet, as not all that decides is told by the kernel."""
+        return False
+
+    @property
+    def period(self) -> float | None:
+        """Seconds between two looks at who belongs; None where nothing is looked at."""
+        return None
 
     @abstractmethod
     def processes(self) -> "Collection[Process]":
@@ -186,7 +198,12 @@ class Resource(ABC):
             Unsupported: it has no such limit.
             Others: as limits.put.
         """
-        raise Unsupported(f"the kernel has no limit on {self.name} of a partition")
+        self.check_storable()
+
+    def check_storable(self) -> None:
+        """Raises Unsupported where the kernel limits this for no partition: a resource without its own `store`."""
+        if type(self).store is Resource.store:
+            raise Unsupported(f"the kernel has no limit on {self.name} of a partition")
 
     def kept(self, target: Partition) -> bool:  # noqa: ARG002
         """Whether the kernel keeps one number for that partition; else its use is the sum of its processes'."""

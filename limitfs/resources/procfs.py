@@ -158,6 +158,10 @@ def _of_process(read: Callable[P, T]) -> Callable[P, T]:
             raise Gone(f"{_name(args)} ended while it was read") from error
         except PermissionError as error:
             raise Unsupported(f"the kernel does not show {error.filename or _name(args)}") from error
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # a path of its choice
+                raise
+            raise Unsupported(f"a path of {_name(args)} is too long to be shown") from error
 
     return reader
 
@@ -301,6 +305,7 @@ def _size_counts_fds() -> bool:
 def links(pid: int) -> dict[int, str]:
     """Every file descriptor of the process, and what it leads to: a path, or "socket:[INODE]" and the like.
 
+    "/" for a path that is longer than the kernel shows.
     See proc_pid_fd(5).
     """
     directory, found = f"{ROOT}/{pid}/fd", {}
@@ -312,6 +317,10 @@ def links(pid: int) -> dict[int, str]:
         except PermissionError:
             os.listdir(directory)  # the kernel says that also of a process that ended meanwhile, but not here
             raise
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            found[int(name)] = "/"  # longer than any that the kernel shows, but a path
     return found
 
 

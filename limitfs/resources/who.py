@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from limitfs.errors import Gone
+from limitfs.errors import Gone, Unsupported
 from limitfs.resources import cgroups, procfs
 from limitfs.resources.model import Measured, Partition, Process, Processes, Target, Thread, Threads
 
@@ -43,9 +43,16 @@ def describe(target: Target) -> Who:
 
 def _describe_task(pid: int, tid: int | None) -> Who:
     try:
-        return Who(pid, tid, procfs.comm(pid, tid), owner(pid), cgroups.of(pid))
+        return Who(pid, tid, procfs.comm(pid, tid), owner(pid), _partition(pid))
     except Gone:
         return Who(pid, tid)
+
+
+def _partition(pid: int) -> str | None:
+    try:
+        return cgroups.of(pid)
+    except Unsupported:
+        return None
 
 
 def _describe_partition(partition: Partition) -> Who:

@@ -5,7 +5,6 @@ percentage of no limit) makes a comparison unknown, and a whole that depends on 
 """
 
 import operator
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Protocol
 
 from limitfs.resources.model import Resource
 from limitfs.selecting.columns import Column, Kind, Value
+from limitfs.selecting.pattern import Pattern
 from limitfs.watching.condition import Amount, render_amount
 from limitfs.watching.crossing import iso, quoted
 
@@ -34,13 +34,6 @@ class Readable(Protocol):
 
     def whole(self, resource: Resource, /) -> float | None:
         """What 100 % of a resource is; None where nothing bounds it."""
-
-
-class Pattern(Protocol):
-    """A compiled regular expression."""
-
-    def search(self, text: bytes, /) -> object | None:
-        """Where it is found in `text`, or None."""
 
 
 class Expression(ABC):
@@ -81,6 +74,11 @@ class Expression(ABC):
         """On which columns it depends."""
         return frozenset(each.column for each in self.comparisons())
 
+    @property
+    def work(self) -> int:
+        """Instructions of all its patterns: that times the length of a text bounds what it costs to judge."""
+        return sum(each.pattern.size for each in self.comparisons() if each.pattern is not None)
+
     def matches(self, row: Readable) -> bool:
         """Whether it is true of `row`. Raises Gone."""
         return self.judge(row) is True
@@ -115,7 +113,7 @@ class Comparison(Expression):
         if value is None or operand is None:
             return None
         if self.pattern is not None:
-            return self.pattern.search(os.fsencode(str(value))) is not None
+            return self.pattern.found_in(str(value))
         return _COMPARE[self.op](value, operand)
 
     def _operand(self, row: Readable) -> Value | None:

@@ -12,10 +12,11 @@ from limitfs.hearing.membership import Moves, untold
 from limitfs.hearing.reactor import Reactor
 from limitfs.resources import model
 from limitfs.resources.model import Process
-from limitfs.selecting.columns import Look, Row
+from limitfs.selecting.columns import Column, Look, Row
 from limitfs.selecting.expression import Expression
 from limitfs.selecting.language import parse
 from limitfs.selecting.live import Live, present
+from limitfs.selecting.pattern import Pattern
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,10 @@ Told = Callable[[Process], None]
 
 QUOTA = 64
 """Groups a user other than root may have, unless an option says otherwise."""
+WORK = 1024
+"""Instructions that the patterns in all groups of a user other than root may have together."""
+AT_ONCE = 16_000_000
+"""Work that searching for the members of one group may be, where nobody has it kept up to date: 130 ms at most."""
 
 
 class Group(model.Group):
@@ -35,6 +40,7 @@ class Group(model.Group):
         name: the directory's.
         number: never used twice while the daemon runs.
         owner: uid of who made it.
+        all_users: whether it may hold everybody's processes, not just those of its owner.
     """
 
     def __init__(self, groups: "Groups", name: str, number: int, owner: int, all_users: bool) -> None:
@@ -43,8 +49,8 @@ class Group(model.Group):
         self.owner = owner
         self._groups = groups
         self._live = groups.live
-        self._all_users = all_users
-        self._expression: Expression | None = None
+        self.all_users = all_users
+        self._choose(None)
         self._members: dict[Process, None] = {}
         self._open: dict[Process, None] = {}
         self._followers: dict[_Following, None] = {}
@@ -61,9 +67,12 @@ class Group(model.Group):
 
         Raises:
             Invalid, Impossible: see `limitfs.selecting.language.parse`; all stays as it was.
+            Quota: the patterns of the owner would be too many, or too large.
         """
         text = text.removesuffix("\0").strip()
-        self._expression = parse(text) if text else None
+        expression = parse(text) if text else None
+        self._groups.check_work(self, expression.work if expression is not None else 0)
+        self._choose(expression)
         if not self._followers:
             return
         if self._expression is not None:
@@ -90,6 +99,11 @@ class Group(model.Group):
         return self._live.period if self in self._live and (self.looks or self._live.sampled) else None
 
     @property
+    def behind(self) -> bool:
+        """Whether some who belong may not be known yet, as not all that decides is told by the kernel."""
+        return self in self._live and (self.looks or self._live.sampled or self._live.late(self))
+
+    @property
     def followed(self) -> bool:
         """Whether somebody follows it: a watcher is armed on it."""
         return bool(self._followers)
@@ -111,6 +125,7 @@ class Group(model.Group):
 
         Raises:
             Gone: the group was removed.
+            Busy: it would take too long to find them.
         """
         if self._groups.find(self.name) is not self:
             raise Gone(f"group {self.name!a} was removed")
@@ -118,8 +133,7 @@ class Group(model.Group):
             return tuple(self._members)
         if self._expression is None:
             return ()
-        look = Look()
-        return [process for process, stat in present() if self._judge(Row(process, stat, look))[0]]
+        return list(self._search())
 
     def follow(self, joined: Told, left: Told) -> Callable[[], None]:
         """Be told of members that come (those that are there: at once) and go; returns what ends that.
@@ -156,15 +170,12 @@ class Group(model.Group):
     @property
     def asks(self) -> frozenset[str]:
         """The names of the columns that it depends on; "owner" where only one user's processes count."""
-        columns = frozenset() if self._expression is None else self._expression.columns
-        return frozenset(column.name for column in columns) | (frozenset() if self._all_users else {"owner"})
+        return self._asks
 
     @property
     def looks(self) -> bool:
         """Whether some of these change without the kernel telling."""
-        if self._expression is None:
-            return False
-        return any(not column.told and column.name not in self._live.told for column in self._expression.columns)
+        return bool(self._untold) and not self._untold <= self._live.told
 
     def hold(self, row: Row, newborn: bool = False) -> bool:
         """Take the process of `row` in or out; whether that changed anything. Never raises."""
@@ -185,13 +196,43 @@ class Group(model.Group):
         self._open.pop(process, None)
         self._take(process, False)
 
+    @property
+    def searches(self) -> bool:
+        """Whether it has a pattern, so that judging may have to wait."""
+        return self.work > 0
+
+    @property
+    def work(self) -> int:
+        """Instructions of its patterns."""
+        return self._work
+
     # Inside
+
+    def _choose(self, expression: Expression | None) -> None:
+        """Keep what is asked of every group at each event, of which there may be thousands."""
+        columns: frozenset[Column] = frozenset() if expression is None else expression.columns
+        self._expression = expression
+        self._work = 0 if expression is None else expression.work
+        self._asks = frozenset(column.name for column in columns) | (frozenset() if self.all_users else {"owner"})
+        self._untold = frozenset(column.name for column in columns if not column.told)
+
+    def _search(self) -> Iterator[Process]:
+        """Among all processes. Raises Busy."""
+        look, before = Look(), Pattern.spent
+        for process, stat in present():
+            if self._judge(Row(process, stat, look))[0]:
+                yield process
+            if Pattern.spent - before > AT_ONCE:
+                raise Busy(
+                    f"finding the members of group {self.name!a} takes too long to be done at once",
+                    "arm a watcher on it, and they are known; or write smaller patterns to select",
+                )
 
     def _judge(self, row: Row) -> tuple[bool, bool]:
         """Whether the process belongs here, and whether that may change though the kernel tells nothing."""
         expression = self._expression
         try:
-            if expression is None or not (self._all_users or row.owner == self.owner):
+            if expression is None or not (self.all_users or row.owner == self.owner):
                 return False, False
             row.check()
             settled = expression.judge(row, told=True)
@@ -285,6 +326,17 @@ class Groups:
         group = self._named[name] = Group(self, name, next(self._numbers), owner, master)
         self._held[owner] += 1
         return group
+
+    def check_work(self, group: Group, work: int) -> None:
+        """Raises Quota where the patterns of a user, of which `group` is to have so many, would be too much."""
+        if group.all_users or not work:
+            return
+        others = sum(each.work for each in self if each.owner == group.owner and each is not group)
+        if others + work > WORK:
+            raise Quota(
+                f"the regular expressions in groups of user {group.owner} would have {others + work} instructions",
+                f"at most {WORK} together, of which these are {work}; write shorter ones, or fewer",
+            )
 
     def forget(self, group: Group) -> None:
         """Drop a group that was closed; harmless when called twice."""

@@ -6,20 +6,20 @@
     op         = "==" | "!=" | "<" | "<=" | ">" | ">=" | "~"
     operand    = a JSON string | a word without spaces and operators
 
-`~` searches with a regular expression of RE2, whose time is bounded by pattern × text: no pattern that a stranger
-writes can hold up the daemon. Who writes gets the text back in the refusal, with a caret under what is wrong.
+`~` searches with a regular expression of RE2, at a bounded price: see limitfs/selecting/pattern.py. Who writes
+gets the text back in the refusal, with a caret under what is wrong.
 """
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from limitfs.errors import Impossible, Invalid, LimitsError
 from limitfs.selecting.columns import OF_PROCESSES, OPS, Column, Kind
-from limitfs.selecting.expression import Comparison, Expression, Joined, Not, Pattern
+from limitfs.selecting.expression import Comparison, Expression, Joined, Not
+from limitfs.selecting.pattern import Pattern, TooLarge, compiled
 from limitfs.watching.condition import LARGEST_AMOUNT, Amount, parse_amount
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ DEEPEST = 64
 MOST_PATTERNS = 8
 LONGEST_PATTERN = 256
 """Characters."""
-PATTERN_MEMORY = 1 << 16
-"""Bytes that one pattern may take, compiled; bounds its time to about 10 ms for a text of 4 KiB."""
 LONGEST_COMM = 15
 """Bytes of a name that the kernel keeps, see PR_SET_NAME in prctl(2)."""
 STATES = "RSDTtIZ"
@@ -136,7 +134,9 @@ class _Reader:
         if len(text) > LONGEST_PATTERN:
             raise self._wrong(Impossible, _at(token), f"more than {LONGEST_PATTERN} characters in one pattern")
         try:
-            return _compile(text)
+            return compiled(text)
+        except TooLarge as error:
+            raise self._wrong(Impossible, _at(token), str(error)) from None
         except ValueError as error:
             raise self._wrong(Invalid, _at(token), f"not a regular expression: {error}") from None
 
@@ -210,23 +210,6 @@ def _parser() -> "Lark":
     return Lark(_GRAMMAR, parser="lalr")
 
 
-@functools.lru_cache(maxsize=128)
-def _compile(text: str) -> Pattern:
-    """Raises ValueError."""
-    import re2
-
-    options = re2.Options()
-    options.max_mem = PATTERN_MEMORY
-    options.never_capture = True
-    options.log_errors = False
-    try:
-        return re2.compile(text, options=options)  # type: ignore[no-any-return]
-    except UnicodeEncodeError:
-        raise ValueError("not UTF-8") from None
-    except re2.error as error:
-        raise ValueError(ascii(os.fsdecode(error.args[0]))[1:-1]) from None
-
-
 # Operands; each raises Invalid or Impossible with a message alone
 
 
@@ -277,9 +260,14 @@ def _state(column: Column, text: str) -> str:
 def _time(column: Column, text: str) -> float:
     try:
         found = datetime.fromisoformat(text)
-        return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         raise Invalid(f"{column.name} is {column.kind.value}, {_quote(text)} is not") from None
+    try:
+        seconds = (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
+        datetime.fromtimestamp(seconds, UTC)  # as it is shown
+    except (ValueError, OverflowError):
+        raise Impossible(f"{_quote(text)} is not in the years 1 to 9999 of UTC") from None
+    return seconds
 
 
 def _amount(column: Column, text: str) -> Amount:

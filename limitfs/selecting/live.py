@@ -5,6 +5,8 @@ state, use) is looked at again and again, but only of processes for which it dec
 its name needs no second look until it has another name. Without a connector everything is looked at. A partition
 is looked at too, where the kernel's hooks do not work, which tell of it at once.
 
+Judging by patterns may be late, see limitfs/selecting/backlog.py.
+
 Nothing is subscribed to and nothing runs while no group is followed.
 """
 
@@ -23,6 +25,7 @@ from limitfs.hearing.sampling import GRID, SHORTEST
 from limitfs.hearing.source import Refused
 from limitfs.resources import procfs
 from limitfs.resources.model import Process
+from limitfs.selecting.backlog import Backlog
 from limitfs.selecting.columns import Look, Row
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,14 @@ class Follower(Protocol):
     @property
     def looks(self) -> bool:
         """Whether some of these change without the kernel telling."""
+
+    @property
+    def owner(self) -> int:
+        """Whose it is."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether it has a pattern, so that judging may have to wait."""
 
     def hold(self, row: Row, newborn: bool = False) -> bool:
         """Take the process of `row` in or out; whether that changed anything. Never raises."""
@@ -84,6 +95,7 @@ class Live:
         self._timer: Timer | None = None
         self._newborn = False
         self._look_shared: Look | None = None
+        self._backlog = Backlog(reactor)
         self.period: float | None = None
         self.sampled = False
 
@@ -103,12 +115,17 @@ class Live:
 
     def remove(self, group: Follower) -> None:
         """Keep it no more; harmless when it is not."""
+        self._backlog.forget(group)
         if self._groups.pop(group, 0) is None:
             self._subscribe()
             self._subscribe_moves()
             if not self._groups:
                 self._end()
             self._schedule(self.period)
+
+    def late(self, group: Follower) -> bool:
+        """Whether processes wait to be held against `group`."""
+        return self._backlog.has(group)
 
     @property
     def told(self) -> frozenset[str]:
@@ -126,6 +143,7 @@ class Live:
         """It is in no group any more."""
         if self._processes.get(process.pid) == process:
             del self._processes[process.pid]
+        self._backlog.ended(process)
         for group in tuple(self._groups):
             group.drop(process)
 
@@ -209,7 +227,7 @@ class Live:
         """Hold one process against groups, and read each of its columns once for all of them."""
         row, changed = Row(process, look=look), False
         for group in tuple(groups):
-            changed |= group.hold(row, newborn)
+            changed |= self._backlog.hold(group, row, newborn)
         return changed
 
     # Looking
@@ -253,7 +271,7 @@ class Live:
             self._processes[process.pid] = process
             row = Row(process, stat, look)
             for group in tuple(self._groups):
-                changed |= group.hold(row)
+                changed |= self._backlog.hold(group, row, False)
         return changed
 
 

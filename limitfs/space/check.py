@@ -7,12 +7,10 @@ partition is not there at present is remarked: a rule for it waits.
 import difflib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from limitfs.errors import Absent, Denied, Forbidden, Gone, Invalid, LimitsError
 from limitfs.resources import RESOURCES, at, cgroups
-from limitfs.resources.limits import parse_limit
-from limitfs.resources.model import Level, Partition, Process, Processes, Resource, Target, Thread
+from limitfs.resources.model import Level, Partition, Process, Processes, Target, Thread
 from limitfs.rules import Fault, Rule, Rules
 from limitfs.selecting.language import parse as parse_selection
 from limitfs.space import content
@@ -80,7 +78,7 @@ def check_rule(rule: Rule) -> Fault | None:
         column = columns[-1]
         file = _file(directory, place, names[-1])
         column = rule.value_at
-        _check_value(file, place.resource, command(rule.value.encode()))
+        _check_value(file, place, command(rule.value.encode()))
     except LimitsError as error:
         return Fault(rule.line, error, column + error.at)
     return None
@@ -102,7 +100,7 @@ def _need_resource(place: Place, name: str) -> None:
 
 
 def _enter(directory: Dir, place: Place, name: str) -> tuple[Dir, Place]:
-    """One name further down. Raises Absent, Forbidden."""
+    """One name further down. Raises Absent, Forbidden, Invalid."""
     entry = _fixed(directory, place, name)
     if isinstance(entry, Dir):
         below = place.at(name)
@@ -114,6 +112,8 @@ def _enter(directory: Dir, place: Place, name: str) -> tuple[Dir, Place]:
     for family in directory.families:
         bound = _bind(family, place, name)
         if bound is not None:
+            if family.make is not None:
+                content.check_name(name, "watcher" if place.resource is not None else "group")
             return family.below or directory, bound
     raise _absent(directory, place, name)
 
@@ -172,26 +172,28 @@ def _absent(directory: Dir, place: Place, name: str) -> Absent:
     return Absent(f"no {name!a} in {place.path or 'the root'}", f"did you mean {near[0]}?" if near else "")
 
 
-def _check_value(file: File, resource: Resource | None, text: str) -> None:
+def _check_value(file: File, place: Place, text: str) -> None:
     """Raises LimitsError where no mount would take it."""
     judge = _JUDGES.get(file.write) if file.write is not None else None
     if judge is not None:
-        judge(text, resource)
+        judge(place, text)
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], None]:
-    def judge(text: str, _resource: Any) -> None:
-        if text not in choices:
-            raise Invalid(f"{text!a} is no choice here", " or ".join(choices))
-
-    return judge
+def _check_threshold(place: Place, text: str) -> None:
+    _target, resource = place.subject
+    parse(text, resource.unit, resource.rate)
 
 
-_JUDGES: dict[Writer, Callable[[str, Any], object]] = {
-    content.store_threshold: lambda text, resource: parse(text, resource.unit, resource.rate),
-    content.store_limit: lambda text, resource: parse_limit(text, resource.unit),
-    content.store_mode: _one_of(("each", "sum")),
-    content.store_hearing: _one_of(HEARING),
-    content.store_select: lambda text, _resource: parse_selection(text),
+def _check_hearing(_place: Place, text: str) -> None:
+    if text not in HEARING:
+        raise Invalid(f"{text!a} is no choice here", " or ".join(HEARING))
+
+
+_JUDGES: dict[Writer, Callable[[Place, str], object]] = {
+    content.store_threshold: _check_threshold,
+    content.store_limit: content.wanted_limit,
+    content.store_mode: content.check_mode,
+    content.store_hearing: _check_hearing,
+    content.store_select: lambda _place, text: parse_selection(text),
 }
-"""Of the files whose text has a grammar; given the resource too, where there is one."""
+"""Of the files whose text has a grammar."""

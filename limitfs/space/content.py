@@ -260,7 +260,7 @@ def bind_group(place: Place, house: "House", user: int, name: str) -> Place:
 def make_group(place: Place, house: "House", user: int, name: str) -> None:
     """mkdir group/NAME"""
     del place
-    _check_name(name, "group")
+    check_name(name, "group")
     house.groups.make(name, user)
     house.recall.made(f"group/{name}", user, {})
 
@@ -313,11 +313,12 @@ def make_watcher(place: Place, house: "House", user: int, name: str) -> None:
     """mkdir NAME: a further watcher."""
     if house.registry.find(*place.subject, name) is not None:
         raise Exists(f"a watcher {name!a} is here already")
-    _check_name(name, "watcher")
+    check_name(name, "watcher")
     house.registry.make_named(*place.subject, place.path, name, user)
 
 
-def _check_name(name: str, what: str) -> None:
+def check_name(name: str, what: str) -> None:
+    """Refuse a name that mkdir would not give a group or watcher. Raises Invalid."""
     if name.startswith((".", "(")) or not name.isprintable():
         raise Invalid(
             f"{name!a} is no good name for a {what}",
@@ -432,20 +433,35 @@ def show_limit(place: Place, house: "House", user: int) -> str:
 def store_limit(place: Place, house: "House", user: int, text: str) -> None:
     """A write to `limit`: prlimit(2) for a process, the controller's own file for a partition."""
     target, resource = place.subject
+    soft, hard = wanted_limit(place, text)
     if isinstance(target, Partition):
         cgroups.check(target)
+        resource.store(target, soft, user)
+    else:
+        assert isinstance(target, Process)
+        assert resource.rlimit is not None
+        procfs.check(target)
+        set_limit(target, resource.rlimit, soft, hard, raise_hard=user == 0)
+    house.registry.limit_changed(target, resource)
+
+
+def wanted_limit(place: Place, text: str) -> tuple[float, float | None]:
+    """The soft and hard limit that a write to `limit` asks for; the target need not exist.
+
+    Raises:
+        Unsupported: nothing of this kind has such a limit, on any machine.
+        Invalid, Impossible: see `parse_limit`.
+    """
+    target, resource = place.subject
+    if isinstance(target, Partition):
+        resource.check_storable()
         soft, hard = parse_limit(text, resource.unit)
         if hard not in (None, soft):
             raise Invalid("a partition has one limit", 'write one number, or "max"')
-        resource.store(target, soft, user)
-        house.registry.limit_changed(target, resource)
-        return
+        return soft, hard
     if not isinstance(target, Process) or resource.rlimit is None:
         raise Unsupported(f"the kernel has no limit on {resource.name} to set here")
-    procfs.check(target)
-    soft, hard = parse_limit(text, resource.unit)
-    set_limit(target, resource.rlimit, soft, hard, raise_hard=user == 0)
-    house.registry.limit_changed(target, resource)
+    return parse_limit(text, resource.unit)
 
 
 def _limit(value: float, unit: Unit) -> str:
@@ -553,12 +569,17 @@ def show_mode(place: Place, house: "House", user: int) -> str:
 def store_mode(place: Place, house: "House", user: int, text: str) -> None:
     """A write to `mode`."""
     del user
+    check_mode(place, text)
+    house.registry.set_mode(need(place, house), text == "each")
+
+
+def check_mode(place: Place, text: str) -> None:
+    """Refuse what no `mode` of this kind can be; the target need not exist. Raises Invalid, Unsupported."""
     target, resource = place.subject
     if text not in ("each", "sum"):
         raise Invalid(f"{text!a} is no mode", "each or sum")
     if text == "sum" and isinstance(target, Several) and not resource.summable:
         raise Unsupported(f"a sum of {resource.name} makes no sense", "each")
-    house.registry.set_mode(need(place, house), text == "each")
 
 
 def show_hearing(place: Place, house: "House", user: int) -> str:
@@ -606,8 +627,8 @@ def _state(watcher: Watcher, house: "House", user: int) -> Iterable[tuple[str, o
     yield "alarms", watcher.alarms
     yield "lost", watcher.lost_lines
     yield "source", armed.source if armed else "-"
-    yield "guarantee", armed.guarantee if armed else "-"
-    yield "period", f"{armed.period:g}" if armed and armed.period else "-"
+    yield "guarantee", watcher.guarantee or "-"
+    yield "period", f"{watcher.period:g}" if watcher.period else "-"
     yield "armed", iso(watcher.begun) if armed and watcher.begun is not None else "-"
     if not watcher.each:
         return
@@ -708,9 +729,9 @@ def show_daemon(place: Place, house: "House", user: int) -> str:
     lines = [f"{key} {value}\n" for key, value in house.facts().items()]
     lines.append(f"armed {len(watchers)}\n")
     for watcher in mine[:TOP_MEMBERS]:
-        name = f"/{watcher.name}" if watcher.name else ""
+        path = f"{watcher.path}/{watcher.name}" if watcher.name else watcher.path
         threshold = render(watcher.condition, watcher.resource.unit)
-        lines.append(f"watcher {watcher.path}{name} {watcher.state} {threshold}\n")
+        lines.append(f"watcher {bare(path)} {watcher.state} {threshold}\n")
     if user == 0:
         lines += [f"refused_rule {line}\n" for line in house.rules.report.of(Fate.REFUSED)]
     return "".join(lines)

@@ -157,7 +157,7 @@ class Operations(pyfuse3.Operations):
         node = self._tree.node(inode)
         if not isinstance(node.entry, Link):
             raise Invalid(f"{node.place.path} is no link")
-        return FileNameT(node.entry.read(node.place, self._house, ctx.pid).encode())
+        return FileNameT(os.fsencode(node.entry.read(node.place, self._house, ctx.pid)))
 
     @_guarded
     def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
@@ -410,7 +410,9 @@ class _Explained:
         pass
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, LimitsError):
+        if isinstance(error, Exception) and not isinstance(error, FUSEError):
+            if not isinstance(error, LimitsError):
+                error = LimitsError(f"it failed: {type(error).__name__}", "the log tells more")
             written = (
                 None if self._written is None else self._written[:4096].decode(errors="backslashreplace").strip()
             )

@@ -4,6 +4,7 @@ Every write(2) is one whole command and its offset is ignored. A read at offset 
 write the next read starts the answer from its beginning, wherever the file position is.
 """
 
+import os
 import select
 from collections.abc import Callable
 from typing import Protocol
@@ -66,7 +67,7 @@ class TextFile:
         """Up to `size` bytes of the answer. Raises as its reader."""
         if offset == 0 or self._text is None:
             assert self._file.read is not None
-            self._text = self._file.read(self._place, self._house, self._user).encode()
+            self._text = os.fsencode(self._file.read(self._place, self._house, self._user))
             self._at = offset
         behind = offset - self._at
         return self._text[behind : behind + size] if behind >= 0 else b""

@@ -3,15 +3,18 @@
 The kernel raises inotify events only for what goes through the mount (see docs/architecture.md), so the daemon
 touches its own files: utimensat(2) with a new mtime and no atime gives exactly one IN_MODIFY, on the file
 and on its directory's watch, and no open or close. The call waits for our own request handlers, so it
-is made in a worker thread, by one task, never by a handler.
+is made by a thread that may do so (`limitfs.caller`), for one task, never by a handler.
 """
 
 import ctypes
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 
 import trio
+
+from limitfs.caller import Caller
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +35,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _TIMES = (_Timespec * 2)(_Timespec(0, _UTIME_OMIT), _Timespec(0, _UTIME_NOW))
 
 
-def touch(path: str) -> None:
-    """Set the mtime of `path` to now and leave its atime. A path that is no more is nobody's loss."""
-    if _libc.utimensat(_AT_FDCWD, os.fsencode(path), ctypes.byref(_TIMES), _AT_SYMLINK_NOFOLLOW) != 0:
-        log.debug("touch %s: %s", path, os.strerror(ctypes.get_errno()))
+def touch(path: str) -> int:
+    """Set the mtime of `path` to now and leave its atime; gives 0 or the errno."""
+    done = _libc.utimensat(_AT_FDCWD, os.fsencode(path), ctypes.byref(_TIMES), _AT_SYMLINK_NOFOLLOW)
+    return 0 if done == 0 else ctypes.get_errno()
 
 
 class Notifier:
@@ -60,15 +63,21 @@ class Notifier:
 
     async def run(self) -> None:
         """Serve for ever."""
-        while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            batch, self._batch = self._batch, {}
-            then, self._then = self._then, []
-            await trio.to_thread.run_sync(self._touch_all, list(batch), abandon_on_cancel=True)
-            for call in then:
-                call()
+        with Caller() as caller:
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                batch, self._batch = self._batch, {}
+                then, self._then = self._then, []
+                refused: dict[str, int] = {}
+                await caller.call(partial(self._touch_all, list(batch), refused))
+                for path, error in refused.items():
+                    # One that is no more is nobody's loss.
+                    log.debug("touch %a: %s", path, os.strerror(error))
+                for call in then:
+                    call()
 
-    def _touch_all(self, paths: list[str]) -> None:
+    def _touch_all(self, paths: list[str], refused: dict[str, int]) -> None:
         for path in paths:
-            touch(f"{self.mountpoint}/{path}")
+            if error := touch(f"{self.mountpoint}/{path}"):
+                refused[path] = error

@@ -125,11 +125,16 @@ class Recall:
 
     # Setting up again
 
-    def restore(self, found: dict[str, Any]) -> int:
-        """Set up what is in the store; gives how many places are as they were. The others are said and dropped."""
+    def restore(self, found: dict[str, Any], stop: Callable[[], object] = lambda: False) -> int:
+        """Set up what is in the store; gives how many places are as they were. The others are said and dropped.
+
+        When `stop` is true the rest stays in the store, for the next daemon.
+        """
         setups = [setup for key, value in found.items() if key.startswith(KEY) and (setup := _read(key, value))]
         restored = 0
         for setup in setups:
+            if stop():
+                break
             try:
                 self._restore(setup)
                 restored += 1

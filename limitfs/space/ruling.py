@@ -104,8 +104,8 @@ class Ruling:
         made = found.get(MADE)
         self._made = [str(path) for path in made] if isinstance(made, list) else []
 
-    def reload(self) -> Report:
-        """Read the files, and do what they say; whatever is wrong is in the report."""
+    def reload(self, stop: Callable[[], object] = lambda: False) -> Report:
+        """Read the files, and do what they say, until `stop` is true; whatever is wrong is in the report."""
         self.report = Report()
         read = rules.load(self._directories)
         for fault in read.faults:
@@ -120,6 +120,8 @@ class Ruling:
             if not read.unread:
                 self._undo([path for path in self._in_force if path not in wanted], wanted)
             for rule in wanted.values():
+                if stop():
+                    break
                 if self._stands(rule):
                     self.report.add(Fate.KEPT, rule.line, rule.path, rule.value)
                 else:

@@ -94,7 +94,7 @@ class Shell:
             self._tree.house.last_errors.refused(self._user, path, written, error)
             raise
         except Exception as error:
-            log.exception("%s failed", path)
+            log.exception("%a failed", path)
             raise LimitsError(f"it failed: {type(error).__name__}", "the log tells more") from error
 
 

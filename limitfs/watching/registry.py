@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from limitfs.errors import Invalid, Quota, Unsupported
 from limitfs.hearing.source import Armed, Guarantee, LooksAgain, Refused, Source
-from limitfs.resources.members import collection, concerns, starts_as_each, total
+from limitfs.resources.members import collection, concerns, members, starts_as_each, total
 from limitfs.resources.model import Partition, Partitions, Process, Processes, Resource, Several, System, Target
 from limitfs.watching.condition import Condition
 from limitfs.watching.watcher import PRIVATE, Emit, Surroundings, Watcher
@@ -105,6 +105,7 @@ class Registry:
         watcher = Watcher(target, resource, path, name, 0, each, self.surroundings, self._emit)
         watcher.hearing = self.hearing
         watcher.finished = self._finished
+        watcher.unheard = self._arm_otherwise
         return watcher
 
     def _keep(self, watcher: Watcher) -> Watcher:
@@ -201,6 +202,20 @@ class Registry:
             except Refused as refusal:
                 log.info("%s declines %s of %s: %s", source.name, want.resource.name, want.target, refusal)
         raise Unsupported(f"nothing here can hear {want.resource.name}")
+
+    def _arm_otherwise(self, watcher: Watcher) -> None:
+        """Have a watcher, whose source says that it misses members, heard by one that misses none."""
+        try:
+            watcher.detach()
+            watcher.attach(self._arm_best(watcher))
+        except BaseException:
+            self._disarm(watcher)
+            raise
+        if watcher.each and watcher.heard is not None:
+            there = set(members(watcher.heard))
+            for member, _value in watcher.in_alarm():
+                if member not in there:  # it ended or left in between
+                    watcher.gone(member)
 
     def choices(self, resource: Resource, target: Target, each: bool, hearing: str) -> Iterator[Source]:
         """The sources that hear this, best first; who declined hooks gets none that is exact."""

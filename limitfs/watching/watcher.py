@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from limitfs.errors import LimitsError
-from limitfs.hearing.source import Armed, Want, Witness
+from limitfs.hearing.source import Armed, Guarantee, Want, Witness
 from limitfs.resources.members import collection, total
-from limitfs.resources.model import Resource, Target
+from limitfs.resources.model import Group, Process, Processes, Resource, Target
 from limitfs.resources.who import Who
 from limitfs.watching.alarm import Alarm, State
 from limitfs.watching.condition import Condition, render
@@ -84,12 +84,15 @@ class Watcher:
     value: float | None = None
     finished: Callable[["Watcher"], None] = lambda _watcher: None
     """Called when a `once` condition has rung, or the target has ended (`ended` tells which)."""
+    unheard: Callable[["Watcher"], None] = lambda _watcher: None
+    """Called when its source cannot hear all of it any more."""
     ended: bool = False
     heard: Target | None = None
     _members: dict[Target, Alarm] = field(default_factory=dict)
     _known: dict[Target, Who] = field(default_factory=dict)
     _cancel_deadline: dict[Target, Callable[[], None]] = field(default_factory=dict)
     _early: list[tuple[Target, float]] = field(default_factory=list)
+    _unfollow: Callable[[], None] | None = None
     _witness: Witness | None = None
 
     def begin(self, condition: Condition) -> None:
@@ -97,6 +100,9 @@ class Watcher:
         self.end()
         self.heard = collection(self.target) if self.each else total(self.resource, self.target)
         self.condition = condition
+        if (group := _group(self.heard)) is not None:
+            # Whoever hears it, its members are known without a search among all processes.
+            self._unfollow = group.follow(_nothing, _nothing)
         # The last line names it, when nobody can be asked any more.
         self._known[self.target] = self.surroundings.describe(self.target)
         self.alarms = self.lost_lines = 0
@@ -109,11 +115,18 @@ class Watcher:
         for member, value in early:
             self.reading(member, value)
 
+    def detach(self) -> None:
+        """Stop the source; another can be attached, and the alarms of members go on."""
+        if self.armed is not None:
+            armed, self.armed = self.armed, None
+            armed.disarm()
+
     def end(self) -> None:
         """Disarm: the source is stopped and members are forgotten; counters stay readable."""
-        if self.armed is not None:
-            self.armed.disarm()
-            self.armed = None
+        self.detach()
+        if self._unfollow is not None:
+            self._unfollow()
+            self._unfollow = None
         self.condition = None
         for cancel in self._cancel_deadline.values():
             cancel()
@@ -132,6 +145,21 @@ class Watcher:
     def levels(self, member: Target) -> tuple[float, float]:
         """(level, clear) for one member, from its limit as it is now where the condition is in percent of it."""
         return self._levels(member)
+
+    @property
+    def guarantee(self) -> Guarantee | None:
+        """How surely a crossing is heard now: the weaker of how values are, and how members. None: not armed."""
+        if self.armed is None:
+            return None
+        group = _group(self.heard)
+        return Guarantee.SAMPLED if group is not None and group.behind else self.armed.guarantee
+
+    @property
+    def period(self) -> float | None:
+        """Seconds between two looks, at values or at who is a member, the longer; None where all is told."""
+        group = _group(self.heard)
+        periods = [self.armed.period if self.armed else None, group.period if self.armed and group else None]
+        return max((period for period in periods if period is not None), default=None)
 
     @property
     def shared(self) -> bool:
@@ -189,17 +217,19 @@ class Watcher:
             self._ring(crossing, member, value)
         self._witness = None
 
-    def gone(self, member: Target) -> None:
-        """`member` has ended; said where it is the target itself or was in alarm."""
+    def gone(self, member: Target, peak: float | None = None) -> None:
+        """`member` has ended; said where it is the target itself or was in alarm, then with its peak."""
         alarm = self._members.pop(member, None)
         self._drop_deadline(member)
         known = self._known.pop(member, None)
         if self.ended or self.condition is None:
             return
         ended = member in (self.target, self.heard)
-        if not ended and (alarm is None or alarm.state is not State.ALARM):
+        alarmed = alarm is not None and alarm.state is State.ALARM
+        if not ended and not alarmed:
             return
-        self._emit(Crossing.GONE, member, alarm.value if alarm else None, known)
+        last = alarm.value if alarm is not None else None
+        self._emit(Crossing.GONE, member, peak if alarmed and peak is not None else last, known)
         if ended:
             self.ended = True
             self.finished(self)
@@ -208,6 +238,11 @@ class Watcher:
         """The source missed `count` messages (None: nobody knows); a line says so and readings follow."""
         if self.condition is not None:
             self._emit(Crossing.LOST, self.target, None, None, count=count)
+
+    def lapsed(self) -> None:
+        """The source cannot hear all of it any more: have another one attached."""
+        if self.armed is not None:
+            self.unheard(self)
 
     def missed(self, member: Target, alarms: int) -> None:
         """`member` entered alarm `alarms` times of which no reading will come; they are counted."""
@@ -271,7 +306,7 @@ class Watcher:
             uid=who.uid,
             partition=who.partition,
             source=self.armed.source if self.armed else None,
-            guarantee=str(self.armed.guarantee) if self.armed else None,
+            guarantee=str(self.guarantee) if self.armed else None,
             count=count,
         )
 
@@ -293,3 +328,11 @@ class Watcher:
         cancel = self._cancel_deadline.pop(member, None)
         if cancel is not None:
             cancel()
+
+
+def _group(heard: Target | None) -> Group | None:
+    return heard.of if isinstance(heard, Processes) and isinstance(heard.of, Group) else None
+
+
+def _nothing(member: Process) -> None:
+    del member

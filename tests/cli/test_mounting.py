@@ -1,10 +1,12 @@
 """The kernel's table of mounts, questions to a mount that may hang, and the start of a daemon."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,33 @@ def test_a_place_that_answers_gives_its_text(tmp_path: Path) -> None:
     assert mounting.ask(str(tmp_path)) == (Health.ANSWERS, "")
     assert mounting.ask(str(tmp_path / "state"), text=True) == (Health.ANSWERS, "pid 12\nversion 1.2 beta\n\n")
     assert mounting.facts(str(tmp_path)) == {"pid": "12", "version": "1.2 beta"}
+
+
+def test_a_text_that_no_pipe_holds_comes_whole(tmp_path: Path) -> None:
+    # Twice what a pipe holds, and not a multiple of what is read at once.
+    said = "".join(f"10.conf:{number}: kept: process/fds/r{number}/threshold = 900000\n" for number in range(2500))
+    assert len(said) > 131072
+    (tmp_path / "rules").write_text(said)
+    assert mounting.ask(str(tmp_path / "rules"), text=True, patience=30) == (Health.ANSWERS, said)
+
+
+def test_a_text_without_end_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state").write_text("x" * 1001)
+    monkeypatch.setattr(mounting, "LONGEST_ANSWER", 1000)
+    assert mounting.ask(str(tmp_path / "state"), text=True, patience=30) == (Health.EXCESSIVE, "")
+    monkeypatch.setattr(mounting, "LONGEST_ANSWER", 1001)
+    assert mounting.ask(str(tmp_path / "state"), text=True, patience=30) == (Health.ANSWERS, "x" * 1001)
+
+
+def test_who_begins_and_does_not_end_is_left_behind(tmp_path: Path) -> None:
+    """Half of a text is no answer."""
+    os.mkfifo(tmp_path / "begins")
+    writer = os.open(tmp_path / "begins", os.O_RDWR)
+    try:
+        os.write(writer, b"pid 12\n")
+        assert mounting.ask(str(tmp_path / "begins"), text=True, patience=1) == (Health.SILENT, "")
+    finally:
+        os.close(writer)
 
 
 def test_an_absent_file_is_an_answer(tmp_path: Path) -> None:
@@ -188,6 +217,91 @@ except BrokenPipeError:
     raise"""
     assert launch(body, patience=0.1).startswith("failed")
     wait_for(tmp_path / "ended")
+
+
+KEEP = """
+import logging, os, signal, time
+from limitfs import mounting
+logging.basicConfig(format="%(message)s")
+mounting.RESPAWN_PAUSE = {pause}
+def serve(ready):
+    print("serves", flush=True)
+    ready()
+    {body}
+try:
+    print("ends with", mounting.keep(serve, lambda: None), flush=True)
+finally:
+    print("leaves", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def keeping(body: str, pause: float) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs `keep` with a `serve` of this body once it is ready."""
+    code = KEEP.format(body=body, pause=pause)
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with keeper:
+        try:
+            yield keeper
+        finally:
+            keeper.kill()
+
+
+def said_next(keeper: subprocess.Popen[str]) -> str:
+    assert keeper.stdout is not None
+    return keeper.stdout.readline()
+
+
+def test_between_two_daemons_a_reload_is_for_nobody() -> None:
+    with keeping("os.kill(os.getpid(), signal.SIGKILL)", pause=2) as keeper:
+        assert keeper.stderr is not None
+        for _time in range(2):
+            assert said_next(keeper) == "serves\n"
+            assert keeper.stderr.readline() == "the daemon was killed by signal 9: starting it again\n"
+            for _signal in range(3):
+                keeper.send_signal(signal.SIGHUP)
+        assert keeper.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_between_two_daemons_the_one_who_keeps_them_can_be_ended(number: signal.Signals) -> None:
+    """And leaves as it should: the file with its number goes."""
+    with keeping("os.kill(os.getpid(), signal.SIGKILL)", pause=600) as keeper:
+        assert said_next(keeper) == "serves\n"
+        assert keeper.stderr is not None
+        assert keeper.stderr.readline() == "the daemon was killed by signal 9: starting it again\n"
+        keeper.send_signal(signal.SIGHUP)
+        keeper.send_signal(number)
+        assert [said_next(keeper), said_next(keeper)] == ["ends with 0\n", "leaves\n"]
+        assert keeper.wait(20) == 0
+
+
+def test_signals_are_passed_on_to_each_daemon() -> None:
+    body = """told = []
+    signal.signal(signal.SIGHUP, lambda *_: told.append(1))
+    print("listens", flush=True)
+    while not told:
+        time.sleep(0.01)
+    print("reloads", flush=True)
+    os._exit(1)"""
+    with keeping(body, pause=0.1) as keeper:
+        for _time in range(3):
+            assert [said_next(keeper), said_next(keeper)] == ["serves\n", "listens\n"]
+            keeper.send_signal(signal.SIGHUP)
+            assert said_next(keeper) == "reloads\n"
+        assert [said_next(keeper), said_next(keeper)] == ["serves\n", "listens\n"]
+        keeper.send_signal(signal.SIGTERM)
+        assert [said_next(keeper), said_next(keeper)] == ["ends with 0\n", "leaves\n"]
+
+
+def test_a_reload_while_a_daemon_begins_does_not_end_it() -> None:
+    body = "os.kill(os.getpid(), signal.SIGHUP); print('goes on', flush=True); time.sleep(600)"
+    with keeping(body, pause=0) as keeper:
+        assert [said_next(keeper), said_next(keeper)] == ["serves\n", "goes on\n"]
+        keeper.send_signal(signal.SIGTERM)
+        assert [said_next(keeper), said_next(keeper)] == ["ends with 0\n", "leaves\n"]
 
 
 def test_a_group_of_errors_names_each_once() -> None:

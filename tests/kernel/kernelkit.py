@@ -5,9 +5,11 @@ A plug-in of pytest, for its fixtures: see pytest_plugins in conftest.py.
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,12 +36,16 @@ class Heard:
     readings: list[tuple[Target, float]] = field(default_factory=list)
     ended: list[Target] = field(default_factory=list)
     losses: int = 0
+    lapses: int = 0
+    peaks: dict[Target, float] = field(default_factory=dict)
 
     def reading(self, member: Target, value: float) -> None:
         self.readings.append((member, value))
 
-    def gone(self, member: Target) -> None:
+    def gone(self, member: Target, peak: float | None = None) -> None:
         self.ended.append(member)
+        if peak is not None:
+            self.peaks[member] = peak
 
     def witnessed(self, member: Target, witness: Witness) -> None:
         """Of no interest here."""
@@ -50,6 +56,9 @@ class Heard:
 
     def lost(self, count: int) -> None:
         self.losses += count
+
+    def lapsed(self) -> None:
+        self.lapses += 1
 
     def values(self, member: Target | None = None) -> list[float]:
         return [value for who, value in self.readings if member in (None, who)]
@@ -144,3 +153,59 @@ def begin(helper: Any, line: str) -> None:
     """Have a helper run a line, without waiting for it."""
     helper.process.stdin.write(line.encode() + b"\n")
     helper.process.stdin.flush()
+
+
+class Goer:
+    """A process that goes one of the ways of ways.c."""
+
+    def __init__(self, program: Path, way: str) -> None:
+        self.process = subprocess.Popen([program, way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        said = self._line()
+        if said.startswith("no: "):
+            self.end()
+            pytest.skip(f"this kernel has no such way: {said[4:]}")
+        assert said == "ready"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def go(self, count: int) -> list[int]:
+        """That often there and back; returns the processes that were born."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        *born, done = self._line().split()
+        assert done == "done"
+        return [int(pid) for pid in born]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program."""
+    program = tmp_path_factory.mktemp("ways") / "ways"
+    subprocess.run(["gcc", "-pthread", "-o", program, Path(__file__).with_name("ways.c")], check=True)
+    return program
+
+
+@pytest.fixture
+def goer(ways: Path) -> Iterator[Callable[[str], Goer]]:
+    """Makes such processes; they end with the test."""
+    made: list[Goer] = []
+
+    def make(way: str) -> Goer:
+        made.append(Goer(ways, way))
+        made[-1].go(10)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()

@@ -11,7 +11,7 @@ import pytest
 from test_bpf_kit import Alarmed, base_fds, links, loaded, settle
 
 from conftest import EXCURSIONS
-from kernelkit import Turned, begin, turned, want
+from kernelkit import Goer, Turned, begin, turned, want
 from limitfs.errors import Gone
 from limitfs.hearing.bpf.layout import Kind
 from limitfs.hearing.bpf.source import BpfFds
@@ -63,61 +63,6 @@ def test_every_excursion_counts(reactor: Turned, source: BpfFds, helper: MakeHel
     armed.disarm()
     assert heard.total == EXCURSIONS
     assert heard.values()[-1] == base
-
-
-class Goer:
-    """A process that goes one of the ways of ways.c."""
-
-    def __init__(self, program: Path, way: str) -> None:
-        self.process = subprocess.Popen([program, way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        said = self._line()
-        if said.startswith("no: "):
-            self.end()
-            pytest.skip(f"this kernel has no such way: {said[4:]}")
-        assert said == "ready"
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def go(self, count: int) -> list[int]:
-        """That often there and back; returns the processes that were born."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
-        *born, done = self._line().split()
-        assert done == "done"
-        return [int(pid) for pid in born]
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-
-@pytest.fixture(scope="module")
-def ways(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program."""
-    program = tmp_path_factory.mktemp("ways") / "ways"
-    subprocess.run(["gcc", "-o", program, Path(__file__).with_name("ways.c")], check=True)
-    return program
-
-
-@pytest.fixture
-def goer(ways: Path) -> Iterator[Callable[[str], Goer]]:
-    made: list[Goer] = []
-
-    def make(way: str) -> Goer:
-        made.append(Goer(ways, way))
-        made[-1].go(10)
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.end()
 
 
 RARE_WAYS = (

@@ -41,6 +41,10 @@ class Alarmed(Heard):
             self._beyond.add(member)
             self.alarms[member] = self.alarms.get(member, 0) + 1
 
+    def gone(self, member: Target, peak: float | None = None) -> None:
+        super().gone(member, peak)
+        self._beyond.discard(member)
+
     def missed(self, member: Target, alarms: int) -> None:
         self.alarms[member] = self.alarms.get(member, 0) + alarms
         self.unseen += alarms
@@ -90,7 +94,7 @@ def links() -> int:
 
 def settle(reactor: Turned) -> None:
     """Take all that the kernel has said."""
-    while reactor.quiet(0.05):
+    while reactor.quiet(0.05) or reactor.next_time() <= reactor.now():
         pass
 
 

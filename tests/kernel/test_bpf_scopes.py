@@ -16,7 +16,7 @@ from kernelkit import Turned, begin, want
 from limitfs.errors import Gone
 from limitfs.hearing.bpf.layout import EVERY, STATES, Kind, Member, State
 from limitfs.hearing.bpf.source import BpfFds, BpfRss, BpfTasks
-from limitfs.hearing.source import Refused
+from limitfs.hearing.source import Armed, Refused
 from limitfs.resources import cgroups, members, procfs
 from limitfs.resources.fds import Fds
 from limitfs.resources.memory import Memory
@@ -51,8 +51,9 @@ class Tree:
 class Chosen(Group):
     """A group whose members the test names."""
 
-    def __init__(self) -> None:
+    def __init__(self, all_users: bool = True) -> None:
         self.name = "chosen"
+        self.all_users = all_users
         self.number = random.randrange(1, 1 << 31)
         self._members: set[Process] = set()
         self._told: list[tuple[Callable[[Process], None], Callable[[Process], None]]] = []
@@ -70,13 +71,13 @@ class Chosen(Group):
     def add(self, pid: int) -> Process:
         process = procfs.identify(pid)
         self._members.add(process)
-        for joined, _left in self._told:
+        for joined, _left in tuple(self._told):
             joined(process)
         return process
 
     def remove(self, process: Process) -> None:
         self._members.discard(process)
-        for _joined, left in self._told:
+        for _joined, left in tuple(self._told):
             left(process)
 
 
@@ -633,6 +634,110 @@ def test_a_process_in_too_many_groups_is_refused(source: BpfFds, helper: MakeHel
         source.arm(want(FDS, Processes(groups[8]), ">= 300", each=True), Alarmed())
     for one in armed:
         one.disarm()
+
+
+class Lapsing(Alarmed):
+    """Disarms what lapsed, as the registry does."""
+
+    armed: Armed
+
+    def lapsed(self) -> None:
+        super().lapsed()
+        self.armed.disarm()
+
+
+def arm_each(source: BpfFds, group: Chosen, level: int = 300) -> Lapsing:
+    heard = Lapsing(level=level)
+    heard.armed = source.arm(want(FDS, Processes(group), f">= {level}", each=True), heard)
+    return heard
+
+
+def test_who_comes_into_one_group_too_many_is_not_passed_over(
+    reactor: Turned, source: BpfFds, helper: MakeHelper
+) -> None:
+    """Of the one group it is said that not all is heard; the others, and a twin in few groups, are heard."""
+    child, twin = helper(), helper()
+    groups = [Chosen() for _ in range(9)]
+    heard = [arm_each(source, group) for group in groups]
+    for group in groups:
+        group.add(child.pid)
+    groups[0].add(twin.pid)
+    settle(reactor)
+    assert [each.lapses for each in heard] == [0] * 8 + [1]
+    assert [each.losses for each in heard] == [0] * 8 + [1]
+    for one in (child, twin):
+        one.open_files(300)
+    settle(reactor)
+    assert [each.total for each in heard] == [2] + [1] * 7 + [0]
+    for each in heard:
+        each.armed.disarm()
+    assert source.engine._memberships().keys(Member) == []
+
+
+def test_who_leaves_another_group_at_once_has_room(reactor: Turned, source: BpfFds, helper: MakeHelper) -> None:
+    child = helper()
+    groups = [Chosen() for _ in range(9)]
+    heard = [arm_each(source, group) for group in groups]
+    for group in groups:
+        process = group.add(child.pid)
+    groups[0].remove(process)
+    settle(reactor)
+    child.open_files(300)
+    settle(reactor)
+    assert [each.lapses for each in heard] == [0] * 9
+    assert [each.total for each in heard] == [0] + [1] * 8
+    for each in heard:
+        each.armed.disarm()
+
+
+def test_a_group_for_all_users_comes_first(reactor: Turned, source: BpfFds, helper: MakeHelper) -> None:
+    """One of a user's groups gives way, and says so; nobody gives way to a user's."""
+    child = helper()
+    users = [Chosen(all_users=False) for _ in range(8)]
+    base = base_fds(child.pid)
+    for group in users:
+        group.add(child.pid)
+    sums = Lapsing(level=base + 1)
+    sums.armed = source.arm(want(FDS, Processes(users[0]), f">= {base + 1}"), sums)
+    heard = [arm_each(source, group) for group in users[1:]]
+    first, late = Chosen(), Chosen(all_users=False)
+    process = first.add(child.pid)
+    mine = arm_each(source, first)
+    late.add(child.pid)
+    with pytest.raises(Refused):
+        arm_each(source, late)
+    settle(reactor)
+    assert [each.lapses for each in (sums, *heard)] == [1] + [0] * 7
+    child.open_files(300)
+    settle(reactor)
+    assert mine.alarms == {process: 1}
+    assert [each.total for each in (sums, *heard)] == [0] + [1] * 7
+    assert mine.lapses == 0
+    for each in (sums, mine, *heard):
+        each.armed.disarm()
+    assert source.engine._groups == {}
+
+
+def test_the_share_of_who_gave_way_is_dropped(reactor: Turned, source: BpfFds, helper: MakeHelper) -> None:
+    """While other totals are kept; theirs, and those of a twin who stays, are as they were."""
+    child, twin = helper(), helper()
+    users, other = [Chosen(all_users=False) for _ in range(8)], Chosen()
+    for group in users:
+        group.add(child.pid)
+    other.add(twin.pid)
+    heard = [Lapsing(level=1000) for _ in (*users, other)]
+    for one, group in zip(heard, (*users, other), strict=True):
+        one.armed = source.arm(want(FDS, Processes(group), ">= 1000"), one)
+    first = Chosen()
+    first.add(child.pid)
+    mine = arm_each(source, first)
+    settle(reactor)
+    totals = [source.engine.total(Kind.FDS, 1 << 62 | group.number) for group in (*users, other)]
+    assert totals == [0] + [base_fds(child.pid)] * 7 + [base_fds(twin.pid)]
+    assert [one.lapses for one in heard] == [1] + [0] * 8
+    assert not [one for one in heard if one.ended]
+    for one in (mine, *heard):
+        one.armed.disarm()
 
 
 # The engine

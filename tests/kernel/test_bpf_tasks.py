@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from cgroupkit import cgroup
 from test_bpf_kit import Alarmed, links, loaded, settle
 
 from conftest import EXCURSIONS
-from kernelkit import Turned, want
+from kernelkit import Goer, Turned, want
 from limitfs.hearing.births import Birth
 from limitfs.hearing.bpf.layout import Kind
 from limitfs.hearing.bpf.source import BpfTasks
@@ -114,6 +115,41 @@ def test_lives_after_a_loss(reactor: Turned, source: BpfTasks, helper: MakeHelpe
     reactor.until(lambda: any(b.kind == "exit" for b in births[told:]))
     end()
     assert 0 < sum(b.ppid == child.pid and b.kind == "fork" for b in births) < count
+
+
+PORTION = 100
+"""Processes whose records the ring holds, with those of whoever else is born and dies meanwhile."""
+
+
+def test_who_ends_with_many_threads_is_told_once(
+    reactor: Turned, source: BpfTasks, goer: Callable[[str], Goer]
+) -> None:
+    """Several of them may find that none is left."""
+    births: list[Birth] = []
+    end = source.births(births.append)
+    child = goer("threads")
+    born: list[int] = []
+    for _ in range(EXCURSIONS // 4 // PORTION):
+        born += child.go(PORTION)
+        settle(reactor)
+    reactor.until(lambda: any(b.kind == "exit" and b.pid == born[-1] for b in births))
+    settle(reactor)
+    end()
+    exits = [b for b in births if b.kind == "exit" and b.ppid == child.pid]
+    told = Counter(b.pid for b in exits)
+    assert {pid: told[pid] for pid in born} == dict.fromkeys(born, 1)
+    assert {os.waitstatus_to_exitcode(b.status) for b in exits if b.status is not None} == {7}
+    assert all(b.peak for b in exits)
+
+
+def test_a_thread_that_ends_is_no_death(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:
+    child = helper()
+    births: list[Birth] = []
+    end = source.births(births.append)
+    child.do("for _ in range(100): threading.Thread(target=int).start()")
+    settle(reactor)
+    end()
+    assert [b for b in births if b.pid == child.pid] == []
 
 
 def test_moves(reactor: Turned, source: BpfTasks, helper: MakeHelper) -> None:

@@ -17,6 +17,8 @@ from limitfs.hearing.deaths import Deaths
 from limitfs.hearing.source import Refused
 from limitfs.resources import procfs
 from limitfs.resources.model import Process
+from limitfs.selecting import backlog
+from limitfs.selecting import groups as groups_module
 from limitfs.selecting.columns import Row
 from limitfs.selecting.groups import Group, Groups
 
@@ -522,6 +524,54 @@ def test_what_a_birth_costs(
     monkeypatch.undo()
     for follower in followers:
         follower.end()
+
+
+def test_patterns_of_a_user_are_bounded_together(groups: Groups) -> None:
+    mine, other, roots = (groups.make(name, owner) for name, owner in (("a", NOBODY), ("b", NOBODY), ("c", 0)))
+    large = " || ".join(f'exe ~ "{"ab" * 55}{number}"' for number in range(8))
+    mine.set_select(large)
+    with pytest.raises(Quota, match=f"of user {NOBODY} would have"):
+        other.set_select(large)
+    assert other.select == ""
+    other.set_select("exe ~ x")
+    assert other.work > 0
+    roots.set_select(large)
+    groups.make("d", 0).set_select(large)
+    mine.set_select("comm == x")
+    other.set_select(large)
+
+
+def test_who_waits_to_be_judged_makes_it_unsure(
+    reactor: Turned, groups: Groups, helper: MakeHelper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at each turn of the loop; a group without a pattern has all at once."""
+    monkeypatch.setattr(backlog, "BURST", 1)
+    monkeypatch.setattr(backlog, "QUANTUM", 1)
+    child = helper()
+    group, twin = selecting(groups, f'exe ~ "" && pid == {child.pid}'), selecting(groups, f"pid == {child.pid}")
+    follower, told = Following(group), Following(twin)
+    assert told.has(child.pid)
+    assert not twin.behind
+    assert group.behind
+    assert not follower.has(child.pid)
+    assert group.period is None
+    reactor.until(lambda: not group.behind)
+    assert follower.has(child.pid)
+    assert group.hearing == twin.hearing == "connector"
+    follower.end()
+    told.end()
+    assert not groups.live.late(group)
+
+
+def test_what_takes_too_long_to_find_is_refused(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups_module, "AT_ONCE", 0)
+    group, twin = selecting(groups, 'exe ~ "a[0-9]{3}none"'), selecting(groups, f"pid == {os.getpid()}")
+    with pytest.raises(Busy, match="takes too long"):
+        group.processes()
+    assert [process.pid for process in twin.processes()] == [os.getpid()]
+    follower = Following(group)
+    assert list(group.processes()) == list(follower.now)
+    follower.end()
 
 
 def test_only_who_is_concerned_is_judged(

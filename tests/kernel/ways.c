@@ -1,13 +1,14 @@
 /*
- * Ways to a descriptor that Python does not know: `ways NAME` says "ready", or "no: why" where this kernel has no
- * such way; then it reads counts, goes that way and straight back as often, and says "done", after the numbers of
- * the processes that were born.
+ * Ways to a descriptor, to memory and to an end that Python does not know: `ways NAME` says "ready", or "no: why"
+ * where this kernel has no such way; then it reads counts, goes that way and straight back as often, and says "done",
+ * after the numbers of the processes that were born.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/io_uring.h>
 #include <linux/nsfs.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -122,6 +123,71 @@ static void by_birth(void)
 	waitpid(child, NULL, 0);
 	printf("%d ", child);
 }
+
+/* Memory that a child fills and gives back: its parent's, or its own copy. */
+
+enum { FILLED = 512 << 12 };
+
+static char *filled, stack[64 << 10];
+
+static void begin_fill(void)
+{
+	filled = mmap(NULL, FILLED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (filled == MAP_FAILED)
+		no("mmap");
+	madvise(filled, FILLED, MADV_NOHUGEPAGE);
+}
+
+static int fill(void *unused)
+{
+	(void)unused;
+	memset(filled, 1, FILLED);
+	madvise(filled, FILLED, MADV_DONTNEED);
+	_exit(0);
+}
+
+static void fill_in_child(int flags)
+{
+	waitpid(must(clone(fill, stack + sizeof stack, flags | SIGCHLD, NULL), "clone"), NULL, 0);
+}
+
+static void by_fill_shared(void) { fill_in_child(CLONE_VM); }
+
+static void by_fill_vfork(void) { fill_in_child(CLONE_VM | CLONE_VFORK); }
+
+static void by_fill_copy(void) { fill_in_child(0); }
+
+/* A process whose threads end all at once. */
+
+enum { THREADS = 4 };
+
+static pthread_barrier_t together;
+
+static void *wait_for_the_end(void *unused)
+{
+	(void)unused;
+	pthread_barrier_wait(&together);
+	for (;;)
+		pause();
+}
+
+static void by_threads(void)
+{
+	pid_t child = must(fork(), "fork");
+	pthread_t thread;
+
+	if (!child) {
+		pthread_barrier_init(&together, NULL, THREADS + 1);
+		for (int i = 0; i < THREADS; i++)
+			pthread_create(&thread, NULL, wait_for_the_end, NULL);
+		pthread_barrier_wait(&together);
+		_exit(7);
+	}
+	waitpid(child, NULL, 0);
+	printf("%d ", child);
+}
+
+static void begin_nothing(void) {}
 
 /* System calls of 32 bits */
 
@@ -318,6 +384,10 @@ static const struct {
 	{ "shared", begin_shared, by_partner },
 	{ "unshared", begin_unshared, by_partner },
 	{ "birth", begin_birth, by_birth },
+	{ "fill_shared", begin_fill, by_fill_shared },
+	{ "fill_vfork", begin_fill, by_fill_vfork },
+	{ "fill_copy", begin_fill, by_fill_copy },
+	{ "threads", begin_nothing, by_threads },
 	{ "int80", begin_int80, by_int80 },
 	{ "int80_dup2", begin_int80, by_int80_dup2 },
 	{ "int80_dup3", begin_int80, by_int80_dup3 },

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ class Service(Mount):
         self.rules = directory / "rules"
         self.rules.mkdir()
         self.kept = directory / "state"
+        self.program = ["-m", "limitfs"]
         self._options = [f"rules={self.rules}", f"state={self.kept}", *options]
         root = directory / "limits"
         root.mkdir()
@@ -36,10 +38,18 @@ class Service(Mount):
 
     def start(self) -> None:
         """Mount, and wait until it answers."""
-        command = [sys.executable, "-m", "limitfs", "mount", str(self.root), "--foreground", "-v"]
+        self.launch()
+        self.await_answer()
+
+    def launch(self) -> None:
+        """Begin to mount."""
+        command = [sys.executable, *self.program, "mount", str(self.root), "--foreground", "-v"]
         command += ["-o", ",".join(self._options)]
         with self.log.open("ab") as stderr:
             self.daemon = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
+
+    def await_answer(self) -> None:
+        """Wait until what was begun last answers."""
         deadline = time.monotonic() + PATIENCE
         while not self._answers():
             assert self.daemon.poll() is None, self.log.read_text()
@@ -54,7 +64,27 @@ class Service(Mount):
     def kill(self) -> None:
         """As the kernel's out-of-memory killer does."""
         self.daemon.send_signal(signal.SIGKILL)
-        assert self.daemon.wait(PATIENCE) == -signal.SIGKILL
+        try:
+            assert self.daemon.wait(PATIENCE) == -signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            # It waits for itself: nothing else would free this machine of it.
+            subprocess.run(["umount", "-f", self.root], check=False)
+            raise
+
+    def stop_in(self, call: int) -> None:
+        """Stop its event loop, SIGSTOP, while a thread of it is in a system call of that number."""
+        tasks = Path(f"/proc/{self.daemon.pid}/task")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            self.daemon.send_signal(signal.SIGSTOP)
+            # waitid(2) would wait for all threads; one that waits for the mount does not stop.
+            while (tasks / f"{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.001)
+            if any(_is_in(task, call) for task in tasks.iterdir()):
+                return
+            self.daemon.send_signal(signal.SIGCONT)
+            assert time.monotonic() < deadline, "it never is"
+            time.sleep(random.uniform(0.001, 0.01))
 
     def restart(self) -> None:
         self.kill()
@@ -80,6 +110,10 @@ class Service(Mount):
     def said(self) -> str:
         """The log so far."""
         return self.log.read_text()
+
+
+def _is_in(task: Path, call: int) -> bool:
+    return (task / "syscall").read_text().split()[0] == str(call)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The command line on a mount of its own: what a user types, what comes back, and the exit codes."""
 
-import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +56,49 @@ def test_of_many_who_mount_at_once_one_does(tmp_path: Path) -> None:
             subprocess.run(["umount", "-l", at], check=True)
 
 
+def daemon_of(mountpoint: Path) -> int:
+    """Its number; 0 where no daemon answers."""
+    return int(mounting.facts(str(mountpoint)).get("pid", 0))
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def ended(pid: int) -> bool:
+    try:
+        return procfs.stat(pid).zombie
+    except Gone:
+        return True
+
+
+def test_signals_between_a_crash_and_the_next_daemon(tmp_path: Path) -> None:
+    at, pid_file = tmp_path / "limits", tmp_path / "pid"
+    at.mkdir()
+    options = f"rules=none,state={tmp_path / 'state'},log={tmp_path / 'log'}"
+    try:
+        done = limitfs("mount", at, "--respawn", "--pid-file", pid_file, "-o", options)
+        assert done.returncode == 0, done.stderr
+        keeper = int(pid_file.read_text())
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            crashed = daemon_of(at)
+            os.kill(crashed, signal.SIGKILL)
+            # It has waited for it, and pauses now.
+            wait_for(lambda pid=crashed: not Path(f"/proc/{pid}").exists())
+            os.kill(keeper, number)
+            if number == signal.SIGHUP:
+                wait_for(lambda pid=crashed: daemon_of(at) not in (0, pid))
+                assert pid_file.read_text() == f"{keeper}\n"
+        wait_for(lambda: ended(keeper))
+        assert not pid_file.exists()
+        assert daemon_of(at) == 0
+    finally:
+        subprocess.run(["umount", "-l", at], check=False, capture_output=True)
+
+
 def test_status_shows_the_mount_and_what_is_armed(mountpoint: Path, helper: Make) -> None:
     child = helper()
     (mountpoint / f"process/{child.pid}/fds/threshold").write_text("1000\n")
@@ -70,8 +113,7 @@ def test_umount_ends_the_daemon(mountpoint: Path) -> None:
     done = limitfs("umount", mountpoint)
     assert done.returncode == 0, done.stderr
     assert not os.path.ismount(mountpoint)
-    with contextlib.suppress(Gone):
-        assert procfs.stat(pid).zombie  # until init looks after it
+    assert ended(pid)
     assert limitfs("umount", mountpoint).returncode == 1
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import json
 import os
+import platform
 import random
 import select
 import signal
@@ -14,10 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cgroupkit import cgroup
 from crashkit import Service, exists, hooks_of, service
 from mountkit import Watching, crossings, events, other, refused
 
 from conftest import NOBODY, PATIENCE, Helper, lines_of, poll_for
+from limitfs import mounting
+from limitfs.mounting import Health
 
 Make = Callable[..., Helper]
 ENDED = ("ENOTCONN", "ECONNABORTED")
@@ -88,6 +93,24 @@ def test_groups_come_back(limits: Service, helper: Make) -> None:
     limits.wait_for(lambda: "alarm" in crossings(events(limits, "group/mine/fds")))
     assert events(limits, "group/mine/fds")[-1]["pid"] == str(child.pid)
     assert crossings(events(limits, "group/mine/fds/far")) == ["lost"]
+
+
+def test_a_name_that_is_no_utf8_comes_back_and_hinders_nobody(limits: Service, helper: Make) -> None:
+    child = helper()
+    with cgroup() as group:
+        odd = group.below("odd\udcff")
+        odd.take(child.pid)
+        limits.write(f"{odd.tree}/fds/threshold", "900")
+        limits.write("process/fds/threshold", "900000")
+        armed = limits.armed()
+        assert set(armed) == {json.dumps(f"{odd.tree}/fds"), "process/fds"}
+        assert limits.state("state")["kept"] == "2"
+        limits.restart()
+        assert limits.armed() == armed
+        assert "2 places set up again, 0 lost" in limits.said()
+        limits.write(f"{odd.tree}/fds/threshold", "off")
+        limits.restart()
+        assert set(limits.armed()) == {"process/fds"}
 
 
 def test_the_gap_is_told_and_what_is_beyond_rings(limits: Service, helper: Make) -> None:
@@ -370,6 +393,130 @@ def _named(limits: Service, places: list[str]) -> Iterator[str]:
                 yield f"{place}/{name}"
 
 
+# While it calls into its own mount
+
+UTIMENSAT = {"x86_64": 280, "aarch64": 88}[platform.machine()]
+RINGS = """
+import os, sys, time
+while True:
+    for text in (b"off", b">= 1"):
+        fd = os.open(sys.argv[1], os.O_WRONLY)
+        os.write(fd, text)
+        os.close(fd)
+    # The daemon shall be taking that ring's request, not one of ours.
+    time.sleep(0.002)
+"""
+
+
+def test_killed_while_it_waits_for_itself(limits: Service, helper: Make) -> None:
+    child = helper()
+    arm_everything(limits, child)
+    threshold = limits / f"process/{child.pid}/fds/threshold"
+    for _round in range(6):
+        hooks = hooks_of(limits.daemon.pid)
+        client = subprocess.Popen([sys.executable, "-S", "-c", RINGS, threshold], stderr=subprocess.DEVNULL)
+        try:
+            # It tells inotify of a ring, and waits for an answer that will not come.
+            limits.stop_in(UTIMENSAT)
+            limits.kill()
+        finally:
+            client.kill()
+            client.wait(PATIENCE)
+        limits.wait_for(lambda hooks=hooks: not any(exists(hook) for hook in hooks))  # type: ignore[misc]
+        limits.start()
+
+
+# As above, in a daemon that dies at the worst moment for sure; it can be made to share its descriptors.
+DIES = """
+import os, signal, sys
+from limitfs import caller
+from limitfs.cli import main
+from limitfs.space.fuse import Operations
+async def setattr_taken(*_arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+Operations.setattr = setattr_taken
+def refuse(fd):
+    raise PermissionError(1, "refused")
+if sys.argv.pop(1) == "shared":
+    caller._keep_only = refuse
+main()
+"""
+
+
+def die(limits: Service, child: Helper, table: str) -> set[tuple[str, int]]:
+    """Have it ring, and die of that; gives the hooks that it had."""
+    limits.kill()
+    limits.program = ["-c", DIES, table]
+    limits.start()
+    arm_everything(limits, child)
+    hooks = hooks_of(limits.daemon.pid)
+    ringing = f"echo 1 > {limits.root}/process/{child.pid}/fds/threshold"
+    subprocess.run(["sh", "-c", ringing], check=False, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+    return hooks
+
+
+def _state_of(pid: int) -> str:
+    return subprocess.run(["ps", "-o", "pid=,stat=", str(pid)], capture_output=True, text=True).stdout.lstrip()
+
+
+def test_killed_with_its_own_request_in_hand(limits: Service, helper: Make) -> None:
+    hooks = die(limits, helper(), "own")
+    assert limits.daemon.wait(PATIENCE) == -signal.SIGKILL
+    limits.wait_for(lambda: not any(exists(hook) for hook in hooks))
+
+
+@pytest.mark.parametrize("how", ["mount -o rules=none,state=none", "umount --lazy"])
+def test_one_that_waits_for_itself_is_aborted(limits: Service, helper: Make, how: str) -> None:
+    hooks = die(limits, helper(), "shared")
+    assert "calls into the mount share our descriptors" in limits.said()
+    root = str(limits.root)
+    limits.wait_for(lambda: f"{limits.daemon.pid} Z" in _state_of(limits.daemon.pid))
+    assert mounting.ask(root)[0] is Health.SILENT
+    if how.startswith("mount") and not mounting.is_orphaned(root):
+        subprocess.run(["umount", "-f", root], check=False)
+        pytest.skip("this kernel does not tell whose a descriptor of /dev/fuse is")
+    assert all(exists(hook) for hook in hooks)
+    subprocess.run([sys.executable, "-m", "limitfs", *how.split(), root], check=True, timeout=PATIENCE)
+    assert limits.daemon.wait(PATIENCE) == -signal.SIGKILL
+    assert os.path.ismount(limits.root) == how.startswith("mount")
+    limits.wait_for(lambda: not any(exists(hook) for hook in hooks))
+
+
+def test_one_that_is_only_slow_is_let_be(limits: Service) -> None:
+    root = str(limits.root)
+    limits.daemon.send_signal(signal.SIGSTOP)
+    try:
+        mount = [sys.executable, "-m", "limitfs", "mount", root]
+        done = subprocess.run(mount, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 1
+        assert "already mounted, but does not answer" in done.stderr
+        assert not mounting.is_orphaned(root)
+    finally:
+        limits.daemon.send_signal(signal.SIGCONT)
+    assert limits.state("state")["pid"] == str(limits.daemon.pid)
+
+
+@pytest.mark.parametrize("fusectl", [True, False])
+def test_one_that_is_stopped_is_taken_away_when_asked(
+    limits: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fusectl: bool
+) -> None:
+    monkeypatch.setattr(mounting, "FUSECTL", str(tmp_path / "connections"))
+    reader = client(READER, limits / "features")
+    limits.daemon.send_signal(signal.SIGSTOP)
+    if fusectl:
+        (tmp_path / "connections").mkdir()
+        subprocess.run(["mount", "-t", "fusectl", "none", tmp_path / "connections"], check=True)
+        # No more than anybody may who mounted it.
+        mounting._abort(str(limits.root))
+        subprocess.run(["umount", tmp_path / "connections"], check=True)
+    else:
+        mounting.unmount(str(limits.root), lazy=True)
+    assert reader.communicate(timeout=PATIENCE)[0].strip() in ENDED
+    assert mounting.is_mounted(str(limits.root)) == fusectl
+    limits.daemon.send_signal(signal.SIGCONT)
+    assert limits.daemon.wait(PATIENCE) == 0
+
+
 # A disk that is full, a file that is torn
 
 
@@ -566,6 +713,33 @@ def test_it_ends_though_it_is_in_use(limits: Service, helper: Make, how: str) ->
     else:
         assert "files were open: their users get ENOTCONN" in limits.said()
     limits.wait_for(lambda: not any(exists(hook) for hook in hooks))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_told_while_it_starts(limits: Service, number: signal.Signals) -> None:
+    by_hand = [f"system/fds/hand{count}" for count in range(40)]
+    for path in by_hand:
+        os.mkdir(limits / path)
+        limits.write(f"{path}/threshold", "900000000")
+    limits.kill()
+    subprocess.run(["umount", "-l", limits.root], check=True)
+    rules = [f"system/fds/rule{count}/threshold = 900000000\n" for count in range(100)]
+    (limits.rules / "many.conf").write_text("".join(rules))
+    limits.launch()
+    limits.wait_for(lambda: os.path.realpath(limits.root) in Path("/proc/self/mounts").read_text())
+    limits.daemon.send_signal(number)
+    if number == signal.SIGHUP:
+        limits.await_answer()
+        limits.wait_for(lambda: "100 kept" in limits.said())
+        assert limits.state("state")["armed"] == "140"
+        return
+    assert limits.daemon.wait(PATIENCE) == 0
+    assert not os.path.ismount(limits.root)
+    limits.start()
+    # SIGTERM keeps what was set up by hand, however far it had come; who types Ctrl-C means the mount.
+    kept = [path for path in by_hand if (limits / path).is_dir()]
+    assert kept == (by_hand if number == signal.SIGTERM else [])
+    assert limits.state("state")["armed"] == str(len(kept) + 100)
 
 
 def test_an_idle_one_ends_without_a_word(limits: Service) -> None:

@@ -4,11 +4,13 @@ Every case drives a process to its threshold and straight back many times; `alar
 each has its line or is counted in `lost`. One below the threshold is the silent twin.
 """
 
+import signal
 from collections.abc import Callable
 
 import pytest
 
 from conftest import EXCURSIONS, Helper, Mount, lines_of
+from limitfs.space.eventlog import RETAINED
 
 Make = Callable[..., Helper]
 
@@ -51,6 +53,35 @@ def test_every_excursion_counts(limits: Mount, helper: Make, way: str) -> None:
     _expect(limits, path, EXCURSIONS)
 
 
+def test_each_alarm_has_its_line(limits: Mount, helper: Make) -> None:
+    """In bursts that the event file can retain."""
+    child = helper()
+    path = f"process/{child.pid}/fds"
+    for _ in range(4):
+        limits.write(f"{path}/threshold", "off")
+        limits.write(f"{path}/threshold", str(child.fds() + 1))
+        before = {line["seq"] for line in lines_of(limits.read(f"{path}/event"))}
+        child.do("exec('for _ in range(250): os.close(os.dup(0))')")
+        limits.wait_for(lambda: limits.state(f"{path}/state")["alarms"] == "250")
+        new = [line for line in lines_of(limits.read(f"{path}/event")) if line["seq"] not in before]
+        lost = int(limits.state(f"{path}/state")["lost"])
+        assert [line["crossing"] for line in new].count("alarm") + lost == 250
+
+
+def test_a_storm_that_nobody_keeps_up_with_counts(limits: Mount, helper: Make) -> None:
+    """More at once than the ring takes, and the daemon is stopped meanwhile."""
+    child = helper()
+    path = f"process/{child.pid}/fds"
+    limits.write(f"{path}/threshold", str(child.fds() + 1))
+    limits.daemon.send_signal(signal.SIGSTOP)
+    try:
+        child.do("exec('for _ in range(5000): os.close(os.dup(0))')")
+    finally:
+        limits.daemon.send_signal(signal.SIGCONT)
+    _expect(limits, path, 5000)
+    assert int(limits.state(f"{path}/state")["lost"]) > 0
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_one_below_never_counts(limits: Mount, helper: Make, way: str) -> None:
     setup, once = WAYS[way]
@@ -91,7 +122,7 @@ def test_inherited_by_fork(limits: Mount, helper: Make) -> None:
 
 
 def test_short_lives_are_heard_with_name_and_value(limits: Mount, helper: Make) -> None:
-    """Processes that live for a few milliseconds, each crossing once."""
+    """Processes that live for a few milliseconds, each crossing once; the last line has the peak."""
     child = helper()
     limits.write("process/fds/threshold", "90")
     try:
@@ -102,10 +133,15 @@ def test_short_lives_are_heard_with_name_and_value(limits: Mount, helper: Make) 
         )
         limits.wait_for(lambda: int(limits.state("process/fds/state")["alarms"]) - start >= BURSTS)
         assert int(limits.state("process/fds/state")["alarms"]) - start == BURSTS
-        line = [one for one in lines_of(limits.read("process/fds/event")) if one["crossing"] == "alarm"][-1]
-        assert line["value"] == "90"
-        assert line["comm"].startswith("python")
-        assert line["guarantee"] == "exact"
+        lines = lines_of(limits.read("process/fds/event"))
+        alarm = [one for one in lines if one["crossing"] == "alarm"][-1]
+        limits.wait_for(lambda: "crossing=gone" in _last(limits, "process/fds", alarm["pid"]))
+        (gone,) = lines_of(_last(limits, "process/fds", alarm["pid"]))
+        assert alarm["value"] == "90"
+        assert gone["value"] == str(child.fds() + 100)
+        for line in (alarm, gone):
+            assert line["comm"].startswith("python")
+            assert line["guarantee"] == "exact"
     finally:
         limits.write("process/fds/threshold", "off")
 
@@ -161,9 +197,13 @@ def _expect(limits: Mount, path: str, alarms: int) -> None:
     state = limits.state(f"{path}/state")
     assert int(state["alarms"]) == alarms
     assert state["state"] == "clear"
-    written = [line for line in lines_of(limits.read(f"{path}/event")) if line["crossing"] == "alarm"]
-    if alarms == 0:
-        assert written == []
-    assert len(written) + int(state["lost"]) <= alarms or alarms == 0
-    if int(state["lost"]) == 0 and alarms <= 500:
-        assert len(written) == alarms
+    lines = lines_of(limits.read(f"{path}/event"))
+    written = [line for line in lines if line["crossing"] == "alarm"]
+    assert len(written) + int(state["lost"]) <= alarms
+    if len(lines) < RETAINED:
+        assert len(written) + int(state["lost"]) == alarms
+
+
+def _last(limits: Mount, path: str, pid: str) -> str:
+    """The last line about a process."""
+    return [line for line in limits.read(f"{path}/event").splitlines() if f" pid={pid} " in line][-1]

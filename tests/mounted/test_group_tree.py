@@ -54,6 +54,11 @@ def about(limits: Mount, path: str, pid: int) -> Lines:
     return [line for line in events(limits, path) if line.get("pid") == str(pid)]
 
 
+def told_of(limits: Mount, path: str, crossing: str) -> set[str]:
+    """Of whom there are lines with this crossing."""
+    return {line["pid"] for line in events(limits, path) if line["crossing"] == crossing}
+
+
 # Conditions
 
 REFUSALS = [
@@ -388,6 +393,64 @@ def test_groups_of_another_user(limits: Mount, helper: Make, nobody: Other) -> N
         finally:
             nobody.refused(f"write('{limits.root}/group/his/fds/threshold', 'off')")
             nobody.ask(f"os.rmdir('{limits.root}/group/his')")
+
+
+def test_a_users_groups_do_not_silence_roots(limits: Mount, helper: Make, nobody: Other) -> None:
+    """Nor themselves: whoever finds no room for a member in the kernel says so, and hears it otherwise."""
+    his, twin = helper(uid=NOBODY), helper(uid=NOBODY)
+    names = [f"his{number}" for number in range(12)]
+    level = max(his.fds(), twin.fds()) + 20
+    with group(limits, "roots", 'comm == "limitfs-w"') as roots:
+        try:
+            for name in names:
+                path = f"{limits.root}/group/{name}"
+                nobody.ask(f"os.mkdir('{path}')")
+                nobody.ask(f"""write('{path}/select', 'comm == "limitfs-w"')""")
+                nobody.ask(f"write('{path}/fds/threshold', '>= {level}')")
+            limits.write(f"{roots}/fds/threshold", f">= {level}")
+            before = limits.state(f"{roots}/fds/state")["guarantee"]
+            his.do(RENAME.format(b"limitfs-w"))
+            limits.wait_for(lambda: members(limits, roots) == {his.pid})
+            for one in (his, twin):
+                one.open_files(20)
+            for path in (roots, *(f"group/{name}" for name in names)):
+                limits.wait_for(lambda path=path: told_of(limits, f"{path}/fds", "alarm"))
+                assert told_of(limits, f"{path}/fds", "alarm") == {str(his.pid)}
+            assert limits.state(f"{roots}/fds/state")["guarantee"] == before
+            states = [limits.state(f"group/{name}/fds/state") for name in names]
+            if before == "exact":
+                assert sorted(state["guarantee"] for state in states) == ["exact"] * 7 + ["sampled"] * 5
+                assert not told_of(limits, f"{roots}/fds", "lost")
+            assert all((state["period"] == "-") == (state["guarantee"] == "exact") for state in states)
+            limits.write(f"{roots}/fds/threshold", "off")
+        finally:
+            for name in names:
+                nobody.refused(f"write('{limits.root}/group/{name}/fds/threshold', 'off')")
+                nobody.refused(f"os.rmdir('{limits.root}/group/{name}')")
+
+
+def test_what_is_heard_is_no_surer_than_who_is_a_member(limits: Mount, helper: Make) -> None:
+    child = helper(RENAME.format(b"limitfs-y"))
+    with (
+        group(limits, "looked", 'comm == "limitfs-y" && fds > 5000') as looked,
+        group(limits, "told", 'comm == "limitfs-y"') as told_,
+    ):
+        for path in (looked, told_):
+            limits.write(f"{path}/fds/threshold", f">= {child.fds() + 3}")
+        state, twin = (limits.state(f"{path}/fds/state") for path in (looked, told_))
+        assert state["source"] == twin["source"]
+        assert state["guarantee"] == "sampled"
+        assert float(state["period"]) > 0
+        sampled = limits.state(f"{told_}/state")["hearing"] == "sampled"
+        assert (twin["guarantee"] == "sampled") == (sampled or twin["source"] == "sampled")
+        child.open_files(3)
+        limits.wait_for(lambda: events(limits, f"{told_}/fds"))
+        assert not events(limits, f"{looked}/fds")
+        before = limits.state(f"{told_}/state")["hearing"]
+        limits.write(f"{told_}/fds/hearing", "sampled")
+        assert limits.state(f"{told_}/state")["hearing"] == before, "its members are not searched for"
+        for path in (looked, told_):
+            limits.write(f"{path}/fds/threshold", "off")
 
 
 def test_a_process_that_becomes_his(limits: Mount, helper: Make, nobody: Other) -> None:

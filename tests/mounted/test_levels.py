@@ -420,13 +420,15 @@ def test_several_levels_at_once(limits: Mount, helper: Make) -> None:
             "processes": ("process/fds", "each", 15_000, 0),
             "all": ("process/fds", "sum", far, 0),
         }
-        attached: set[tuple[str, ...]] = set()
+        attached: list[list[str]] = []
         for name, (path, mode, level, _times) in placed.items():
             armed = stack.enter_context(watcher(limits, path, mode, name))
             limits.write(f"{armed}/threshold", str(level))
-            attached.add(tuple(hooks_of(limits)))
-        assert attached != {()}
-        assert len(attached) == 1, "one watcher more attaches nothing more"
+            attached.append(hooks_of(limits))
+        assert attached[0] != []
+        by_cgroup = attached[2]
+        assert set(attached[0]) <= set(by_cgroup), "a partition needs to be told of cgroups, besides"
+        assert attached[2:] == [by_cgroup] * len(attached[2:]), "one watcher more attaches nothing more"
 
         one.do(f"exec('for _ in range({MANY}): os.close(os.dup(0))')")
         one.do(f"exec('for _ in range({MANY}): a = os.dup(0); b = os.dup(0); os.close(a); os.close(b)')")

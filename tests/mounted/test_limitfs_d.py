@@ -281,11 +281,15 @@ def test_bad_rules_do_not_wait(limits: Service) -> None:
         "-partition/limitfs-never/memory/usage = 1G",
         "partition/limitfs-never/memory/threshold/x = 1G",
         "partition/limitfs-never/memory/limit = 1G",
+        "partition/limitfs-never/fds/limit = max",
+        "partition/limitfs-never/swap/limit = 1G 2G",
+        "-partition/limitfs-never/fds/.x/threshold = 3",
     )
     done = limitfs("reload", limits.root)
     assert done.returncode == 1
     assert fates(limits) == {
         "1": "refused", "2": "refused", "3": "refused", "4": "tolerated", "5": "refused", "6": "waiting",
+        "7": "refused", "8": "refused", "9": "tolerated",
     }  # fmt: skip
     assert "/memroy/threshold = 1G: 'memroy' is no resource; did you mean memory?\n" in done.stdout
 
@@ -399,6 +403,22 @@ def test_reload_says_what_it_did(limits: Service) -> None:
         assert limitfs("status", limits.root).returncode == 1
     finally:
         limits.daemon.send_signal(signal.SIGCONT)
+
+
+def test_reload_says_it_of_many_rules(limits: Service) -> None:
+    """What was kept is not shown, and must not push out what is."""
+    put(limits, *(f"system/fds/{'r' * 100}{number}/threshold = 900000" for number in range(600)))
+    limits.write("rules", "reload")
+    file = limits.rules / "zz.conf"
+    file.write_text("system/cpu/threshold = 90000%\nsystem/fds/treshold = 5\n")
+    done = limitfs("reload", limits.root)
+    assert len(limits.read("rules")) > 65536
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == (
+        f"{file}:2: refused: system/fds/treshold = 5: no 'treshold' in system/fds\n"
+        f"{file}:1: applied: system/cpu/threshold = 90000%\n"
+        "1 applied, 600 kept, 0 waiting, 0 undone, 0 left, 0 tolerated, 1 refused\n"
+    )
 
 
 def test_reload_where_nothing_is_mounted(tmp_path: Path) -> None:

@@ -432,6 +432,26 @@ def test_the_init_script_mounts_where_and_how_the_settings_say(machine: Machine)
     assert machine.limits() == []
 
 
+@pytest.mark.parametrize("directory", ["/limits/", "/srv/../limits", "/srv/link"])
+def test_the_init_script_knows_its_directory_however_it_is_written(directory: str, machine: Machine) -> None:
+    machine.run("ln -sfn /limits /srv/link")
+    machine.path("/etc/default/limitfs").write_text(f"LIMITFS_DIRECTORY={directory}\n")
+    init(machine, "start")
+    assert machine.limits() == ["/limits"]
+    machine.run("echo 1234567 > /limits/system/fds/threshold")
+    init(machine, "stop")
+    assert machine.limits() == []
+    init(machine, "start")
+    assert machine.run("cat /limits/system/fds/threshold") == "off\n", "it was an unmount"
+    pid = daemon(machine)
+    kill(parent_of(pid))
+    kill(pid)
+    assert "does not answer" in init(machine, "status", 1)
+    init(machine, "stop")
+    assert machine.limits() == []
+    assert "is not mounted" in init(machine, "status", 3)
+
+
 def test_the_init_script_stops_what_is_busy(machine: Machine) -> None:
     init(machine, "start")
     with subprocess.Popen(

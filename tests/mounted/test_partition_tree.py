@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,8 +10,9 @@ import pytest
 from cgroupkit import Cgroup, cgroup, hierarchy_of
 from mountkit import crossings, events, other, private_mount, refused
 
-from conftest import Helper, Mount, poll_for
+from conftest import EXCURSIONS, Helper, Mount, poll_for
 from limitfs.resources import cgroups
+from limitfs.watching.crossing import bare
 
 Make = Callable[..., Helper]
 
@@ -34,7 +36,9 @@ def test_what_the_kernel_nests_is_nested(limits: Mount, group: Cgroup) -> None:
     assert "deeper" not in os.listdir(limits / group.tree / "sub")
 
 
-@pytest.mark.parametrize("name", ["a b", 'quo"te', "back\\slash", "ümlaut", "a=b", "x,y", "-", "...x"])
+@pytest.mark.parametrize(
+    "name", ["a b", 'quo"te', "back\\slash", "ümlaut", "a=b", "x,y", "-", "...x", "r\udcff", "\x1b"]
+)
 def test_odd_names(limits: Mount, group: Cgroup, helper: Make, name: str) -> None:
     below = group.below(name)
     child = helper()
@@ -48,6 +52,15 @@ def test_odd_names(limits: Mount, group: Cgroup, helper: Make, name: str) -> Non
     assert line["path"] == path
     assert line["partition"] == below.path
     assert os.path.realpath(limits / f"process/{child.pid}/partition") == str(limits / group.tree / name)
+    for file in ("state", "rules", "last_error", f"{group.tree}/fds/state", "partition/fds/top", f"{path}/limit"):
+        limits.read(file)
+    (said,) = [line for line in limits.read("state").splitlines() if line.startswith("watcher ")]
+    assert said == f"watcher {bare(path)} alarm >= {child.fds()}"
+    assert refused(lambda: limits.write(f"{path}/threshold", "?")) == "EINVAL"
+    told = f"{path}/threshold"
+    assert limits.last_error().startswith(told if told.isprintable() and " " not in told else ascii(told))
+    assert refused(lambda: os.mkdir(limits / path / "below")) == ""
+    assert os.readlink(limits / f"process/{child.pid}/partition").endswith(f"/{name}")
 
 
 def test_names_that_collide_with_resources_are_escaped(limits: Mount, group: Cgroup, helper: Make) -> None:
@@ -76,6 +89,83 @@ def test_a_partition_of_one_hierarchy_only(limits: Mount, helper: Make) -> None:
         path = cgroups.of(child.pid)
         assert path is not None
         assert child.pid in cgroups.pids(cgroups.identify(path))
+
+
+def test_a_path_of_two_hierarchies_leads_to_whom_it_counts(limits: Mount, group: Cgroup, helper: Make) -> None:
+    memory = hierarchy_of("memory")
+    if memory is None:
+        pytest.skip("no hierarchy of version 1 has memory")
+    child, there = helper(), helper()
+    group.take(there.pid)
+    same = Cgroup(memory, group.path)
+    same.directory.mkdir()
+    try:
+        same.take(child.pid)
+        assert limits.read(f"{group.tree}/processes/usage") == "1\n"
+        assert os.readlink(limits / f"process/{there.pid}/partition") == f"../../{group.tree}"
+        link = os.readlink(limits / f"process/{child.pid}/partition")
+        assert link != f"../../{group.tree}"
+        path = cgroups.of(child.pid)
+        assert path is not None
+        assert child.pid in cgroups.pids(cgroups.identify(path))
+    finally:
+        same.remove()
+
+
+def test_a_threaded_cgroup_has_whose_first_thread_is_in_it(limits: Mount, group: Cgroup, helper: Make) -> None:
+    child = helper("threading.Thread(target=time.sleep, args=(900,), daemon=True).start()")
+    group.take(child.pid)
+    first, other = group.below("first"), group.below("other")
+    try:
+        for each in (first, other):
+            each.write("cgroup.type", "threaded")
+        first.take(child.pid)
+        (second,) = set(os.listdir(f"/proc/{child.pid}/task")) - {str(child.pid)}
+        other.write("cgroup.threads", second)
+        assert os.readlink(limits / f"process/{child.pid}/partition") == f"../../{first.tree}"
+        for of, processes, fds in ((first, 1, child.fds()), (other, 0, 0), (group, 1, child.fds())):
+            assert limits.read(f"{of.tree}/processes/usage") == f"{processes}\n"
+            assert limits.read(f"{of.tree}/fds/usage") == f"{fds}\n"
+            assert limits.read(f"{of.tree}/fds/top").count("\n") == processes
+    finally:
+        child.end()
+        for each in (first, other):
+            limits.wait_for(lambda each=each: not refused(each.directory.rmdir))
+
+
+def test_cgroups_that_nest_deeper_than_python_calls(limits: Mount, group: Cgroup, helper: Make) -> None:
+    child = helper()
+    there = [os.open(group.directory, os.O_RDONLY)]
+    # Fewer in an emulated machine, where each takes long.
+    names = ["d"] * min(sys.getrecursionlimit() + 100, EXCURSIONS // 4) + ["n" * 250] * 12
+    limits.write("partition/channels/threshold", ">= 900000")
+    try:
+        for name in names:
+            os.mkdir(name, dir_fd=there[-1])
+            there.append(os.open(name, os.O_RDONLY, dir_fd=there[-1]))
+        fd = os.open("cgroup.procs", os.O_WRONLY, dir_fd=there[-1])
+        os.write(fd, str(child.pid).encode())
+        os.close(fd)
+        assert limits.read(f"{group.tree}/processes/usage") == "1\n"
+        assert limits.read(f"{group.tree}/d/fds/usage") == f"{child.fds()}\n"
+        for resource in ("processes", "channels", "filesize"):
+            limits.read(f"partition/{resource}/top" if resource != "filesize" else "process/filesize/top")
+        limits.write("partition/fds/threshold", ">= 900000")
+        assert limits.state("partition/fds/state")["state"] == "clear"
+        limits.write("partition/fds/threshold", "off")
+        # Each of those that are told one by one, and nothing was lost.
+        assert [partition.path for partition in cgroups.partitions(group.path)] == [
+            group.path + "/d" * levels for levels in range(1, cgroups.DEEPEST)
+        ]
+        assert limits.state("partition/channels/state")["lost"] == "0"
+        assert events(limits, "partition/channels") == []
+    finally:
+        child.end()
+        limits.write("partition/channels/threshold", "off")
+        for name in reversed(names[: len(there) - 1]):
+            os.close(there.pop())
+            limits.wait_for(lambda name=name: not refused(lambda: os.rmdir(name, dir_fd=there[-1])))
+        os.close(there.pop())
 
 
 # Values
@@ -123,7 +213,12 @@ def test_cpu_time_of_what_has_left_stays(limits: Mount, group: Cgroup, helper: M
 
 @pytest.mark.parametrize(
     ("controller", "resource", "text", "shown"),
-    [("memory", "memory", "64M", str(64 << 20)), ("pids", "threads", "7", "7"), ("cpu", "cpu", "50", "50")],
+    [
+        ("memory", "memory", "64M", str(64 << 20)),
+        ("pids", "threads", "7", "7"),
+        ("cpu", "cpu", "50", "50"),
+        ("cpu", "cpu", "12.5", "12.5"),
+    ],
 )
 def test_a_limit_is_written_to_the_kernel(
     limits: Mount, controller: str, resource: str, text: str, shown: str
@@ -131,7 +226,9 @@ def test_a_limit_is_written_to_the_kernel(
     with cgroup(controller) as made:
         path = f"{made.tree}/{resource}/limit"
         limits.write(path, text)
-        assert limits.read(path).rstrip() in (shown, f"{shown}.0")
+        assert limits.read(path) == f"{shown}\n"
+        limits.write(path, limits.read(path))
+        assert limits.read(path) == f"{shown}\n"
         limits.write(path, "max")
         assert limits.read(path) == "max\n"
 

@@ -36,6 +36,8 @@ def child() -> Iterator[Process]:
         ("1T", Unit.BYTES, (1 << 40, None)),
         ("90m", Unit.SECONDS, (5400, None)),
         ("2000ms 1h", Unit.SECONDS, (2, 3600)),
+        ("12.5", Unit.PERCENT, (12.5, None)),
+        ("50", Unit.PERCENT, (50, None)),
     ],
 )
 def test_parse(text: str, unit: Unit, parsed: tuple[float, float | None]) -> None:

@@ -15,6 +15,7 @@ from limitfs.selecting import language
 from limitfs.selecting.columns import OF_PROCESSES, Column, Kind, Value
 from limitfs.selecting.expression import Comparison, Expression, Joined, Not
 from limitfs.selecting.language import parse, picture
+from limitfs.selecting.pattern import LARGEST_PROGRAM, Pattern
 
 
 @dataclass
@@ -60,6 +61,8 @@ NGINX = Written(
         ("comm ~ ^ng.*", 'comm ~ "^ng.*"'),
         (r'comm == "a\n\"\udcff"', r'comm == "a\n\"\udcff"'),
         ('start > "2026-01-01T12:00:00.5+01:00"', 'start > "2026-01-01T11:00:00.500000Z"'),
+        ('start > "0001-01-01T00:00:00Z"', 'start > "0001-01-01T00:00:00.000000Z"'),
+        ('start < "9999-12-31T23:59:59"', 'start < "9999-12-31T23:59:59.000000Z"'),
         ("state == R", "state == R"),
         ("uid == root", "uid == 0"),
     ],
@@ -219,6 +222,14 @@ def test_a_long_text_is_cut_around_the_caret() -> None:
 
 
 @pytest.mark.parametrize(
+    "time", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "9999-12-31T23:59:59.999999"]
+)
+def test_times_that_cannot_be_shown_are_refused(time: str) -> None:
+    with pytest.raises(Impossible, match="years 1 to 9999"):
+        parse(f'start > "{time}"')
+
+
+@pytest.mark.parametrize(
     "written",
     [
         "!" * 4000 + "comm == x",
@@ -239,7 +250,7 @@ def test_what_looks_dear_and_is_not() -> None:
 
 def test_no_pattern_takes_long() -> None:
     """Each of these keeps a backtracking engine busy for longer than the machine lasts."""
-    for pattern in ("(a+)+$", "(a|aa)+$", "(.*a){40}$", "(a*)*b"):
+    for pattern in ("(a+)+$", "(a|aa)+$", "(.*a){9}$", "(a*)*b"):
         row = Written({"exe": "a" * 4095 + "!"})
         assert parse(f'exe ~ "{pattern}"').matches(row) in (False, True)
 
@@ -247,6 +258,30 @@ def test_no_pattern_takes_long() -> None:
 def test_a_pattern_that_grows_too_large_is_refused() -> None:
     with pytest.raises(Invalid, match="pattern too large"):
         parse(r'exe ~ "[\\pL\\pN]{100}"')
+
+
+@pytest.mark.parametrize("pattern", ["((a{1,9}){1,9})b", "x(.*){40}$", "a" * 200])
+def test_a_pattern_that_is_dear_to_search_for_is_refused(pattern: str) -> None:
+    with pytest.raises(Impossible) as refusal:
+        parse(f'uid == 0 && exe ~ "{pattern}"')
+    assert f" instructions, at most {LARGEST_PROGRAM}" in str(refusal.value)
+    shown = refusal.value.picture or ""
+    assert shown.splitlines()[1].index("^") == 4 + len("uid == 0 && exe ~ ")
+
+
+def test_a_pattern_that_is_cheap_is_searched_for_once() -> None:
+    """What it costs is its program times the text, at first; then it is known. Another text costs anew."""
+    expression = parse('exe ~ "((a{1,3}){1,5})b7"')
+    (comparison,) = expression.comparisons()
+    assert comparison.pattern is not None
+    assert expression.work == comparison.pattern.size <= LARGEST_PROGRAM
+    before = Pattern.spent
+    for _ in range(3):
+        assert not expression.matches(Written({"exe": "/a" * 50}))
+    assert Pattern.spent - before == expression.work * 100
+    assert expression.matches(Written({"exe": "/aab7"}))
+    assert Pattern.spent - before == expression.work * 105
+    assert parse("exe == /a/a").work == 0
 
 
 def test_users_come_from_the_local_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,8 +205,9 @@ def test_who_comes_while_the_file_is_held_does_without(tmp_path: Path, monkeypat
         lambda data: data[: len(data) // 2],
         lambda data: data[:100] + b"\xff" * (len(data) - 100),
         lambda data: data[:4096] + os.urandom(len(data) - 4096),
+        lambda data: data[:44] + b"\xff" * 4 + data[48:],
     ],
-    ids=["empty", "garbage", "half", "header-only", "first-page-only"],
+    ids=["empty", "garbage", "half", "header-only", "first-page-only", "format"],
 )
 def test_a_damaged_file_is_said_and_set_aside(
     spoil: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -258,6 +259,35 @@ def test_a_value_that_is_no_json_is_dropped_alone(tmp_path: Path, caplog: pytest
     made, found = opened(tmp_path)
     assert found == {"b": 2}
     assert "what was kept of 'a' is damaged" in caplog.text
+    made.close(forget=True)
+
+
+def test_a_name_that_is_no_utf8_is_kept_as_it_is(tmp_path: Path) -> None:
+    made, _found = opened(tmp_path)
+    for name in ("a\udcff", "a\udcff/b", "aü"):
+        made.put(name, {"path": name})
+    made.put("dropped\udcff", 1)
+    made.drop("dropped\udcff")
+    made.close(forget=False)
+    made, found = opened(tmp_path)
+    assert list(found.items()) == [(name, {"path": name}) for name in ("aü", "a\udcff", "a\udcff/b")]
+    made.close(forget=True)
+
+
+def test_what_cannot_be_kept_keeps_nothing_else_from_it(tmp_path: Path) -> None:
+    made, _found = opened(tmp_path)
+    with pytest.raises(UnicodeEncodeError):
+        made.put("\ud800", 1)
+    made.put("a", 1)
+    # Whatever fails in a transaction ends it.
+    made._pending[b"odd"] = "\ud800"
+    with pytest.raises(UnicodeEncodeError):
+        made.put("b", 1)
+    del made._pending[b"odd"]
+    made.put("c", 1)
+    made.close(forget=False)
+    made, found = opened(tmp_path)
+    assert found == {"a": 1, "b": 1, "c": 1}
     made.close(forget=True)
 
 

@@ -6,22 +6,23 @@ An engine is loaded when it is first tried, and stays so; its hooks are attached
 import ctypes
 import itertools
 import logging
-import math
 import os
 import re
+import sys
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from limitfs.hearing.bpf import libbpf
+from limitfs.hearing.bpf.cost import PAIRS, Probe, in_words
 from limitfs.hearing.bpf.layout import (
     EVERY,
     EVERY_CGROUP,
     GROUP,
+    HIGHEST,
     MARKS,
     PROCESS,
     WATCHES,
@@ -43,6 +44,7 @@ from limitfs.hearing.bpf.layout import (
 from limitfs.hearing.bpf.libbpf import BPF_EXIST, BPF_NOEXIST, BpfError
 from limitfs.hearing.reactor import Reactor, Timer
 from limitfs.hearing.source import Refused
+from limitfs.resources import procfs
 from limitfs.resources.model import Group, Process
 
 log = logging.getLogger(__name__)
@@ -54,11 +56,21 @@ _INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 GRACE = 1.0
 """Seconds for which hooks stay attached that nobody needs any more: arming again costs nothing meanwhile."""
 
+TURN = 0.002
+"""Seconds for which the event loop is kept at once by what the kernel says."""
+
+RECORDS = 8
+"""As many are delivered without a look at the clock, or states told."""
+
+STATES_AT_ONCE = 512
+"""Read by one system call."""
+
 NO_WATCH = 2**32 - 1
 """Higher than the number of any watch."""
 
 CGROUP_HOOKS = frozenset({"cgroup_attach_task", "cgroup_rmdir", "cgroup_mkdir"})
-"""Without them the cgroups of processes cannot be followed."""
+"""Without them the cgroups of processes cannot be followed. Needed by what is kept by cgroup: sums, all of them,
+as each share tells its cgroup, and the members of a partition."""
 
 _LIVES = frozenset({What.FORK, What.EXEC, What.EXIT, What.MOVE})
 """What is told of every process to who wants it."""
@@ -76,18 +88,20 @@ class Hooks:
     Attributes:
         name: shown as `source`.
         cost: whom it costs what, in words.
+        probe: something that it slows down, to measure by how much.
         needed: sets of programs; of each set at least one must load and attach.
         optional: programs that are taken along where they load and attach.
-        probe: something that it slows down, to measure by how much.
+        on_request: the same, but attached only for who asks `Engine.use` for them.
         prepare: called once when all is loaded; raises BpfError.
         run: programs that `prepare` runs.
     """
 
     name: str
     cost: str
+    probe: Probe
     needed: tuple[frozenset[str], ...]
     optional: frozenset[str] = frozenset()
-    probe: Callable[[], object] | None = None
+    on_request: frozenset[str] = CGROUP_HOOKS
     prepare: Callable[[libbpf.Object, Control], None] | None = None
     run: frozenset[str] = frozenset()
 
@@ -105,8 +119,8 @@ class Client(Protocol):
     def ended(self, record: Record) -> None:
         """A member has ended."""
 
-    def overran(self) -> None:
-        """Records were lost; the maps still know."""
+    def overran(self, states: list[tuple[Member, State]]) -> None:
+        """Records were lost; these are some of its states since, or none."""
 
     def lacks(self, count: int) -> None:
         """There was no room for so many states or shares, perhaps its own."""
@@ -126,14 +140,26 @@ class _Followed:
     """A group whose members the kernel is told.
 
     Attributes:
-        users: who needs that.
+        first: its members are told before those of others, which give way.
+        users: who needs that; called where the kernel cannot be told of a member.
         cancel: ends it; None while it begins.
+        full: there is a member of which the kernel cannot be told; nobody may begin to need it.
         present: those who were there at first, while nobody has looked at them.
     """
 
-    users: int
+    first: bool
+    users: list[Callable[[], None]]
     cancel: Callable[[], None] | None = None
+    full: bool = False
     present: list[Process] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Links that a thread detaches, one after the other."""
+
+    links: libbpf.Links
+    thread: threading.Thread
 
 
 class Engine:
@@ -153,6 +179,7 @@ class Engine:
         self._sums: Counter[int] = Counter()
         self._ledgers = itertools.count(1)
         self._groups: dict[int, _Followed] = {}
+        self._crowded: dict[tuple[int, Process], None] = {}
         self._reactor = reactor
         self._path = directory / f"{name}.bpf.o"
         self._ways = ways
@@ -163,10 +190,10 @@ class Engine:
         self._programs: set[str] = set()
         self._working: frozenset[str] = frozenset()
         self._links = libbpf.Links()
-        self._detaching: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._leaving: list[_Leaving] = []
         self._grace: Timer | None = None
         self._users = 0
+        self._requests: Counter[str] = Counter()
         self._ids = itertools.count(1)
         self._clients: dict[int, Client] = {}
         self._configs: dict[int, tuple[int, list[Watch]]] = {}
@@ -174,6 +201,8 @@ class Engine:
         # How many scopes have the hooks look for what: thousands may be watched, and each is counted once.
         self._breadths: Counter[Wide] = Counter()
         self._dropped = 0
+        self._overrun: Iterator[None] | None = None
+        self._ended: set[tuple[int, int, int]] = set()
 
     # What works here
 
@@ -215,7 +244,7 @@ class Engine:
     def _try(self, hooks: Hooks) -> None:
         """Load and attach; what is refused is left out while the rest suffices."""
         called = {*_CALLED, *hooks.run}
-        programs = called.union(CGROUP_HOOKS, hooks.optional, *hooks.needed)
+        programs = called.union(hooks.on_request, hooks.optional, *hooks.needed)
         while True:
             self._object = libbpf.Object(self._path)
             sections = self._object.sections()
@@ -236,46 +265,88 @@ class Engine:
         self._control = self._object.variables(Control)
         if hooks.prepare is not None:
             hooks.prepare(self._object, self._control)
-        before = _nanoseconds(hooks.probe)
-        self._attach(hooks)
-        after = _nanoseconds(hooks.probe)
-        self._working = frozenset(name for name in self._programs if name in self._links)
+        self.cost = f"{hooks.cost}: {in_words(self._measure(hooks))}"
+        self._attach(hooks, self._programs)
+        self._working = frozenset(self._links)
         self._detach()
-        self.cost = hooks.cost if hooks.probe is None else f"{hooks.cost}: {max(0, after - before):.0f} ns here"
+
+    def _measure(self, hooks: Hooks) -> list[float]:
+        """By how many nanoseconds attaching makes the probe slower, of a process that is watched."""
+        assert self._object is not None
+        sections = self._object.sections()
+        always = self._programs - hooks.on_request
+        # What is slow to detach is attached once only, after all that is measured without.
+        quick = all(libbpf.detaches_quickly(sections[name.partition("@")[0]]) for name in always)
+        rounds, samples = (PAIRS, 1) if quick else (1, PAIRS)
+        me = procfs.identify(os.getpid())
+        scope = PROCESS | me.pid
+        never = Watch(id=next(self._ids), kind=hooks.probe.kind, enter=HIGHEST, leave=HIGHEST - 1)
+        differences: list[float] = []
+        try:
+            self._store(scope, me.start, [never])
+            for _ in range(rounds):
+                self._links.destroy()
+                without = hooks.probe.samples(samples)
+                self._attach(hooks, always)
+                beside = hooks.probe.samples(samples)
+                differences += (more - less for less, more in zip(without, beside, strict=True))
+        except Refused as refusal:
+            raise BpfError(0, str(refusal)) from refusal
+        finally:
+            self._store(scope, me.start, [])
+        return differences
 
     # Attached while used
 
-    def use(self) -> None:
+    def use(self, more: frozenset[str] = frozenset()) -> None:
         """Attach, if nobody has done so; `release` is its counterpart.
+
+        Args:
+            more: programs that are attached on request only, where they work here.
 
         Raises:
             Refused: it does not work any more.
         """
         if self.missing() is not None or self._object is None or self.hooks is None:
             raise Refused(self._missing or "closed")
-        if self._users == 0:
-            try:
-                self._attach(self.hooks)
+        self._users += 1
+        self._requests.update(more)
+        try:
+            self._attach(self.hooks, self._wanted())
+            if self._users == 1:
                 self._ring = libbpf.Ring(self._object.map_fd("records"), self._receive)
-            except BpfError as error:
-                self._detach()
-                raise Refused(str(error)) from error
+        except BpfError as error:
+            self._users -= 1
+            self._requests.subtract(more)
+            self._detach()
+            raise Refused(str(error)) from error
+        if self._users == 1:
             self._pending: list[Record] = []
             self._dropped = self.control.dropped
             self.control.heard = self.control.full
             self._reactor.add_reader(self._ring.fd, self._drain)
-        self._users += 1
 
-    def release(self) -> None:
-        """Detach after a while, if nobody else uses it."""
+    def release(self, more: frozenset[str] = frozenset()) -> None:
+        """Detach after a while what nobody else uses; `more` as in `use`."""
         self._users -= 1
+        self._requests.subtract(more)
         if self._users == 0:
             self._reactor.remove_reader(self._ring.fd)
-            self._ring.drain()  # or its records would be the next user's
+            self._overrun = None
+            self._ring.drain(sys.maxsize)  # or its records would be the next user's
             self._ring.close()
             self._pending.clear()
+        if self._users == 0 or not all(self._requests[name] for name in more):
             self._sweep()
+            self._end_grace()
             self._grace = self._reactor.call_at(self._reactor.now() + GRACE, self._detach)
+
+    def _wanted(self) -> set[str]:
+        """Which programs are needed now."""
+        if not self._users or self.hooks is None:
+            return set()
+        asked = {name for name, users in self._requests.items() if users}
+        return (self._programs - self.hooks.on_request) | asked & self._working
 
     def close(self) -> None:
         """Unload; nobody may use it any more."""
@@ -288,56 +359,62 @@ class Engine:
             self._grace.cancel()
             self._grace = None
 
-    def _attach(self, hooks: Hooks) -> None:
-        """Attach what is not attached: within the time of grace, nothing."""
+    def _attach(self, hooks: Hooks, wanted: set[str]) -> None:
+        """Attach what is not attached: within the time of grace, nothing. Raises BpfError."""
+        if all(name in wanted for name in self._links):
+            self._end_grace()
+        for leaving in self._leaving:
+            self._links.take_back(leaving.links, wanted)
+        absent = sorted(name for name in wanted if name not in self._links)
+        if absent:
+            # A program cannot be attached again to the same function while it is being detached: one at most is.
+            self._join()
+        self._attach_now(absent)
+        missed = [name for name in absent if name in hooks.on_request & self._working and name not in self._links]
+        if missed or not hooks.suffice({name for name in self._programs if name in self._links}):
+            self._detach()
+            raise BpfError(0, "the kernel does not let the hooks be attached")
+
+    def _attach_now(self, names: list[str]) -> None:
         assert self._object is not None
-        self._end_grace()
-        self._stop.set()  # then it is one program at most that is waited for
-        self._join()
-        for name in sorted(self._programs):
-            if name in self._links:
-                continue
+        for name in names:
             try:
                 self._object.attach(name, self._links)
             except BpfError as error:
                 log.debug("%s", error)
-        if not hooks.suffice({name for name in self._programs if name in self._links}):
-            self._detach()
-            raise BpfError(0, "the kernel does not let the hooks be attached")
 
     def _detach(self) -> None:
-        # fexit takes up to half a second, in which the event loop must go on.
-        self._grace = None
-        self._join()
-        self._stop = threading.Event()
-        self._detaching = threading.Thread(
-            target=self._links.destroy, args=(self._stop,), name="limitfs-detach", daemon=True
-        )
-        self._detaching.start()
+        """Detach what nobody needs, in a thread: fexit takes up to half a second, in which others are served."""
+        self._end_grace()
+        links = libbpf.Links()
+        wanted = self._wanted()
+        links.take_back(self._links, {name for name in self._links if name not in wanted})
+        if links:
+            thread = threading.Thread(target=links.destroy, name="limitfs-detach", daemon=True)
+            self._leaving = [one for one in self._leaving if one.thread.is_alive()]
+            self._leaving.append(_Leaving(links, thread))
+            thread.start()
 
     def wait_detached(self) -> None:
         """Until the hooks are gone that nobody needs, without grace."""
         if self._grace is not None:
-            self._end_grace()
             self._detach()
         self._join()
 
     def _join(self) -> None:
-        """A program cannot be attached again to the same function while it is being detached."""
-        if self._detaching is not None:
-            self._detaching.join()
-            self._detaching = None
+        leaving, self._leaving = self._leaving, []
+        for one in leaving:
+            one.thread.join()
 
     def _sweep(self) -> None:
-        """What events that were under way have left behind."""
+        """What events that were under way have left behind, of what nobody uses any more."""
         assert self._object is not None
-        keys = {
-            "states": Member,
-            "shares": Share,
-            "totals": Total,
-            "memberships": Member,
-            "containers": ctypes.c_uint32,
-        }
+        keys: dict[str, Any] = {}
+        if not self._users:
+            keys |= {"states": Member, "memberships": Member}
+        if not any(self._requests[name] for name in CGROUP_HOOKS):
+            # Removed cgroups would stay there for good: nobody hears of that now.
+            keys |= {"shares": Share, "totals": Total, "containers": ctypes.c_uint32}
         for name, key in keys.items():
             self._object.map(name).clear(key)
 
@@ -493,11 +570,13 @@ class Engine:
         self._states().lookup(member, state)
         return state
 
-    def states(self) -> list[tuple[Member, State]]:
-        """Every state that there is."""
-        return [(member, self._steady(member)) for member in self._states().keys(Member)]
+    def states(self, watches: set[int]) -> list[tuple[Member, State]]:
+        """Every state that there is of these watches."""
+        slices = self._states().slices(Member, State, STATES_AT_ONCE)
+        members = [member for found in slices for member, _ in found if member.watch in watches]
+        return [(member, self.steady(member)) for member in members]
 
-    def _steady(self, member: Member) -> State:
+    def steady(self, member: Member) -> State:
         """A state whose value is that of its last turn: the value is written a moment earlier."""
         state = self.state(member)
         for _ in range(100):
@@ -545,17 +624,24 @@ class Engine:
 
     # Groups
 
-    def enter(self, group: Group) -> None:
+    def enter(self, group: Group, crowded: Callable[[], None]) -> None:
         """Tell the kernel who is in `group` from now on; `look` then judges the present.
 
+        Args:
+            group: who comes and goes there.
+            crowded: called where a process comes that is in too many groups, or another took its place: the
+                kernel does not know of it, so that not all of the group is heard any more.
+
         Raises:
-            Refused: a process is in too many groups.
+            Refused: a process is in too many groups already.
         """
         followed = self._groups.get(group.number)
         if followed is not None:
-            followed.users += 1
+            if followed.full:
+                raise Refused("a member is in too many groups")
+            followed.users.append(crowded)
             return
-        followed = self._groups[group.number] = _Followed(1)
+        followed = self._groups[group.number] = _Followed(group.all_users, [crowded])
         self._set_wide()  # first, so that children inherit
         try:
             followed.cancel = group.follow(
@@ -563,13 +649,13 @@ class Engine:
                 lambda process: self.leave(group.number, process),
             )
         except BaseException:
-            self.exit(group)
+            self.exit(group, crowded)
             raise
 
-    def exit(self, group: Group) -> None:
+    def exit(self, group: Group, crowded: Callable[[], None]) -> None:
         """Undo `enter`."""
         followed = self._groups[group.number]
-        followed.users -= 1
+        followed.users.remove(crowded)
         if followed.users:
             return
         if followed.cancel is not None:
@@ -587,11 +673,15 @@ class Engine:
             self._tell_kernel(number, process)
             followed.present.append(process)
             return
+        self._tell_and_look(number, process, self._crowd_out)
+
+    def _tell_and_look(
+        self, number: int, process: Process, refused: Callable[[int, Process, Refused], None]
+    ) -> None:
         try:
             self._tell_kernel(number, process)
         except Refused as refusal:
-            log.warning("process %d: %s", process.pid, refusal)
-            self._tell_lack(1)
+            refused(number, process, refusal)
             return
         if not self.look(process):
             self._memberships().delete(_key_of(process))
@@ -604,22 +694,68 @@ class Engine:
             groups = membership.groups
             if number in groups:
                 return
-            if 0 not in groups:
-                raise Refused(f"in {len(groups)} groups already")
-            groups[list(groups).index(0)] = number
+            at = self._slot(number, groups)
+            left, groups[at] = groups[at], number
             membership.seen = 0
             try:
                 # The kernel removes it at its end, and makes it for a child.
-                if memberships.update(key, membership, BPF_EXIST if there else BPF_NOEXIST):
-                    return
+                if not memberships.update(key, membership, BPF_EXIST if there else BPF_NOEXIST):
+                    continue
             except BpfError as error:
                 raise Refused(str(error)) from error
+            if left:
+                self._crowd_out(left, process, Refused("its place was taken"))
+            return
+
+    def _slot(self, number: int, groups: Sequence[int]) -> int:
+        """Where there is room for a group; whose members come first takes it from one whose do not."""
+        for at, there in enumerate(groups):
+            if not there:
+                return at
+        if self._groups[number].first:
+            for at, there in enumerate(groups):
+                if there not in self._groups or not self._groups[there].first:
+                    return at
+        raise Refused(f"in {len(groups)} groups already")
+
+    # Members without room
+
+    def _crowd_out(self, number: int, process: Process, refusal: Refused) -> None:
+        """Try again when all that happens now is told: it may be leaving another group."""
+        log.debug("process %d: %s", process.pid, refusal)
+        if not self._crowded:
+            self._reactor.call_at(self._reactor.now(), self._settle_crowded)
+        self._crowded[number, process] = None
+
+    def _settle_crowded(self) -> None:
+        crowded, self._crowded = self._crowded, {}
+        for number, process in crowded:
+            if self._users and number in self._groups:
+                self._tell_and_look(number, process, self._give_up)
+            if self._users:
+                self._forget_crowded(number, process)
+
+    def _give_up(self, number: int, process: Process, refusal: Refused) -> None:
+        log.info("process %d, of a group: %s", process.pid, refusal)
+        followed = self._groups[number]
+        followed.full = True
+        for crowded in tuple(followed.users):
+            _guarded(crowded)
+
+    def _forget_crowded(self, number: int, process: Process) -> None:
+        """Drop what the kernel still keeps of a member whose place was taken."""
+        membership = Membership()
+        there = self._memberships().lookup(_key_of(process), membership)
+        if not there or number not in membership.groups:
+            self._run("leave", Leaving(tgid=process.pid, group=number, start=process.start))
 
     def leave(self, number: int, process: Process) -> None:
         """`process` is not in that group (any more); harmless where it never was.
 
         A child is in the groups of its parent until this says otherwise.
         """
+        if self._crowded.pop((number, process), 0) is None:
+            self._run("leave", Leaving(tgid=process.pid, group=number, start=process.start))
         key, memberships = _key_of(process), self._memberships()
         membership = Membership()
         if not memberships.lookup(key, membership) or number not in membership.groups:
@@ -646,7 +782,11 @@ class Engine:
     # The lives of processes
 
     def subscribe(
-        self, wanted: frozenset[What], callback: Callable[[Record], None], overran: Callable[[], None]
+        self,
+        wanted: frozenset[What],
+        callback: Callable[[Record], None],
+        overran: Callable[[], None],
+        more: frozenset[str] = frozenset(),
     ) -> Callable[[], None]:
         """Have these of the FORK, EXEC, EXIT and MOVE records; returns what ends that.
 
@@ -654,12 +794,13 @@ class Engine:
             wanted: which.
             callback: is given each.
             overran: called where records were lost.
+            more: as in `use`.
 
         Raises:
             Refused: as `use`.
         """
         subscriber = _Subscriber(wanted, callback, overran)
-        self.use()
+        self.use(more)
         self._subscribers.append(subscriber)
         self._set_lives()
 
@@ -667,7 +808,7 @@ class Engine:
             if subscriber in self._subscribers:
                 self._subscribers.remove(subscriber)
                 self._set_lives()
-                self.release()
+                self.release(more)
 
         return end
 
@@ -685,21 +826,80 @@ class Engine:
         self._pending.append(Record.from_buffer_copy(data))
 
     def _drain(self) -> None:
-        self._ring.drain()
+        """Take records for a moment; where there are more, the reactor calls again."""
+        until = self._reactor.now() + TURN
+        while self._users and self._take() and self._reactor.now() < until:
+            pass
+        self._look_for_overrun()
+        if self._users and (lacking := self._lacking()):
+            self._tell_lack(lacking)
+
+    def _take(self) -> bool:
+        """Deliver some records; False: there are none."""
+        self._ring.drain(RECORDS)
         records, self._pending = self._pending, []
         for record in records:
             if record.what in _LIVES:
                 self._tell_life(record)
         for record in _in_order([record for record in records if record.what not in _LIVES]):
             self._deliver(record)
-        if self._users and self.control.dropped != self._dropped:
-            self._dropped = self.control.dropped
-            for client in set(self._clients.values()):
-                _guarded(client.overran)
-            for subscriber in tuple(self._subscribers):
-                _guarded(subscriber.overran)
-        if self._users and (lacking := self._lacking()):
-            self._tell_lack(lacking)
+        return bool(records)
+
+    def _look_for_overrun(self) -> None:
+        """Begin to tell what the ring did not take, if there is such."""
+        if not self._users or self._overrun is not None or self.control.dropped == self._dropped:
+            return
+        self._dropped = self.control.dropped
+        self._overrun = self._recover()
+        self._reactor.call_at(self._reactor.now(), self._go_on_recovering)
+        for subscriber in tuple(self._subscribers):
+            _guarded(subscriber.overran)
+
+    def _go_on_recovering(self) -> None:
+        """Recover for a moment."""
+        overrun, until = self._overrun, self._reactor.now() + TURN
+        if overrun is None:
+            return
+        try:
+            for _ in overrun:
+                if self._overrun is not overrun:
+                    return  # nobody listens any more
+                if self._reactor.now() >= until:
+                    self._reactor.call_at(self._reactor.now(), self._go_on_recovering)
+                    return
+        except BpfError as error:
+            log.warning("what the ring did not take is not known: %s", error)
+        self._overrun = None
+        self._look_for_overrun()
+
+    def _recover(self) -> Iterator[None]:
+        """Tell what the ring did not take, from the states; yields now and then.
+
+        The map is read once, for all clients; then the ring, up to where it was by then; and only then is anybody
+        told. So who has ended by the map has no older record any more; and what records told meanwhile is newer
+        than the map: of states by their count of turns, of ends by `_ended`.
+        """
+        self._ended.clear()
+        found: defaultdict[int, list[tuple[Member, State]]] = defaultdict(list)
+        for states in self._states().slices(Member, State, STATES_AT_ONCE):
+            for member, state in states:
+                found[member.watch].append((member, state))
+            yield
+        end = self._ring.filled
+        while self._ring.taken < end:
+            self._take()
+            yield
+        for watch in tuple(self._clients):
+            for first in range(0, len(found[watch]) or 1, RECORDS):
+                self._tell_overrun(watch, found[watch][first : first + RECORDS])
+                yield
+        self._ended.clear()
+
+    def _tell_overrun(self, watch: int, states: list[tuple[Member, State]]) -> None:
+        client = self._clients.get(watch)
+        if client is not None:
+            present = [(member, state) for member, state in states if key_of(member) not in self._ended]
+            _guarded(lambda: client.overran(present))
 
     def _lacking(self) -> int:
         """For how much there was no room, since we looked last."""
@@ -723,6 +923,8 @@ class Engine:
                 _guarded(lambda subscriber=subscriber: subscriber.callback(record))  # type: ignore[misc]
 
     def _deliver(self, record: Record) -> None:
+        if record.what == What.GONE and self._overrun is not None:
+            self._ended.add(key_of(record))
         client = self._clients.get(record.watch)
         if client is not None:
             _guarded(lambda: client.ended(record) if record.what == What.GONE else client.crossed(record))
@@ -736,7 +938,7 @@ def _in_order(records: list[Record]) -> list[Record]:
     newest: dict[tuple[int, int, int], int] = {}
     for record in records:
         if record.what == What.CROSSED:
-            key = record.watch, record.tgid, record.start
+            key = key_of(record)
             if record.flips < newest.get(key, 0):
                 return sorted(records, key=_turn)
             newest[key] = record.flips
@@ -753,6 +955,11 @@ def _guarded(call: Callable[[], object]) -> None:
         call()
     except Exception:
         log.exception("a listener failed")
+
+
+def key_of(of: Record | Member) -> tuple[int, int, int]:
+    """Of which watch and member something is."""
+    return of.watch, of.tgid, of.start
 
 
 def own_member(watch: Watch, scope: int, start: int) -> Member:
@@ -799,16 +1006,3 @@ def _culprit() -> str | None:
         if match is not None:
             return match[1]
     return None
-
-
-def _nanoseconds(call: Callable[[], object] | None, rounds: int = 10, calls: int = 200) -> float:
-    """What a call costs when nothing disturbs it: the least of some measurements."""
-    if call is None:
-        return 0.0
-    best = math.inf
-    for _ in range(rounds):
-        begin = time.perf_counter_ns()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.perf_counter_ns() - begin) / calls)
-    return best

@@ -372,7 +372,7 @@ int BPF_PROG(sched_process_exec)
 SEC("?tp_btf/sched_process_exit")
 int BPF_PROG(sched_process_exit, struct task_struct *task)
 {
-	if (is_last(task))
+	if (ends_process(ctx, task))
 		end();
 	return 0;
 }

@@ -29,6 +29,7 @@
 #define ROUNDS 64
 #define TOTAL_ROUNDS 8
 #define SHARE_ROUNDS 4
+#define PEAK_ROUNDS 4
 
 /* The tree of cgroups is never deeper; scopes are the first LIMITFS_DEPTH. */
 #define DEEPEST 256
@@ -83,6 +84,14 @@ struct {
 	__type(value, struct membership);
 } memberships SEC(".maps");
 
+/* Processes whose end was heard lately; of use only where the kernel does not say who is the last. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct member);	/* without a watch */
+	__type(value, __u64);
+} ended SEC(".maps");
+
 /* A wake-up with details; what counts is in `states`. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -134,14 +143,13 @@ static __always_inline void describe(struct subject *s, struct task_struct *task
 	bpf_probe_read_kernel_str(s->comm, sizeof(s->comm), &task->comm);
 }
 
-static __always_inline struct record *new_record(__u32 what, __s64 value, __u64 flips)
+/* NULL: the ring is full; to be followed by `drop`. */
+static __always_inline struct record *reserve(__u32 what, __s64 value, __u64 flips)
 {
 	struct record *r = bpf_ringbuf_reserve(&records, sizeof(*r), 0);
 
-	if (!r) {
-		__sync_fetch_and_add(&control.dropped, 1);
+	if (!r)
 		return NULL;
-	}
 	r->time = bpf_ktime_get_ns();
 	r->what = what;
 	r->value = value;
@@ -151,9 +159,36 @@ static __always_inline struct record *new_record(__u32 what, __s64 value, __u64 
 }
 
 /*
+ * The ring did not take a record. Called when all that stands for the record is
+ * in the maps: whoever sees the new number finds it there. Who reads the ring
+ * looks at the number afterwards; so where it is still full he will, and where
+ * he has read it meanwhile, he is woken.
+ */
+static __always_inline void drop(void)
+{
+	struct record *r;
+
+	__sync_fetch_and_add(&control.dropped, 1);
+	r = reserve(LIMITFS_WAKE, 0, 0);
+	if (r)
+		bpf_ringbuf_submit(r, 0);
+}
+
+static __always_inline struct record *new_record(__u32 what, __s64 value, __u64 flips)
+{
+	struct record *r = reserve(what, value, flips);
+
+	if (!r)
+		drop();
+	return r;
+}
+
+/*
  * The functions that are not static are verified once, by themselves, instead
  * of once for each path to each call: that is 50 ms instead of seconds to load.
  * They must take it that a pointer is NULL.
+ *
+ * 0: to be followed by `drop`.
  */
 __noinline int ring(const struct subject *s, __u32 what, __s64 value, __u64 flips)
 {
@@ -161,7 +196,7 @@ __noinline int ring(const struct subject *s, __u32 what, __s64 value, __u64 flip
 
 	if (!s)
 		return 0;
-	r = new_record(what, value, flips);
+	r = reserve(what, value, flips);
 	if (!r)
 		return 0;
 	r->start = s->member.start;
@@ -303,8 +338,6 @@ static __always_inline int take_in(struct state *st, const struct levels *l, boo
 {
 	__s64 before = __sync_lock_test_and_set(&st->value, value);
 
-	if (value > st->peak)
-		st->peak = value;
 	if (quiet)
 		st->told = 1;
 	/* What is there at first is no change, but the first value of who is new is. */
@@ -319,15 +352,29 @@ static __always_inline int take_in(struct state *st, const struct levels *l, boo
 	return TURNED;
 }
 
+/* Other processors may raise it at the same time. */
+static __always_inline void raise_peak(struct state *st, __s64 value)
+{
+	__s64 before;
+	int i;
+
+	for (i = 0; i < PEAK_ROUNDS; i++) {
+		before = *(volatile __s64 *)&st->peak;
+		if (value <= before || __sync_val_compare_and_swap(&st->peak, before, value) == before)
+			return;
+	}
+}
+
 __noinline int take(struct state *st, const struct levels *l, const struct subject *s, __u64 flips, __s64 value)
 {
 	int done;
 
 	if (!st || !l || !s)
 		return 0;
+	raise_peak(st, value);
 	done = take_in(st, l, s->quiet, flips, value);
 	if (done == TURNED && !s->quiet && !ring(s, LIMITFS_CROSSED, value, flips + 1))
-		__sync_fetch_and_add(&st->lost, 1);
+		drop();
 	return done;
 }
 
@@ -497,7 +544,8 @@ __noinline int judge_watch(__u64 task, __u64 owner, const struct watch *w, struc
 	t.state = bpf_map_lookup_elem(&states, &t.member);
 	flips = flips_of(t.state);
 	bounds(t.task, t.kind, &r);
-	if (turns(&t.levels, flips, r.low) || turns(&t.levels, flips, r.high))
+	/* A new peak is measured too, once it is sure. */
+	if (turns(&t.levels, flips, r.low) || turns(&t.levels, flips, r.high) || (t.state && r.low > t.state->peak))
 		bpf_loop(ROUNDS, judge_round, &t, 0);
 	return 0;
 }
@@ -614,8 +662,8 @@ __noinline int judge_sum(const struct watch *w, const __s64 *sum, __u64 scope, _
 		done = take_in(st, &levels, quiet, flips, value);
 		if (!done)
 			break;
-		if (done == TURNED && !quiet && !ring_total(w->id, scope, LIMITFS_CROSSED, value, flips + 1))
-			__sync_fetch_and_add(&st->lost, 1);
+		if (done == TURNED && !quiet)
+			ring_total(w->id, scope, LIMITFS_CROSSED, value, flips + 1);
 	}
 	return 0;
 }
@@ -835,8 +883,17 @@ struct ending {
 	const struct container *to;
 	const struct membership *membership;
 	bool single;	/* `config` is of one process or one cgroup */
+	bool present;	/* it is the current task whose process ends */
 	struct subject subject;
 };
+
+/* What the current task still has: its peak, if it was never near a level. Not static: see above. */
+__noinline int raise_last(struct state *st, __u32 kind)
+{
+	if (st)
+		raise_peak(st, measure(bpf_get_current_task_btf(), kind));
+	return 0;
+}
 
 static long end_one(__u32 index, struct ending *e)
 {
@@ -855,13 +912,20 @@ static long end_one(__u32 index, struct ending *e)
 	/* Only what user space knows is worth waking it, unless it asked for just that one. */
 	if (!e->single && (!st || !st->told))
 		return 0;
-	if (ring(s, LIMITFS_GONE, st ? st->value : 0, flips_of(st))) {
+	if (st) {
+		st->gone = LIMITFS_ENDS;
+		/* All others are always measured. */
+		if (FIRST_KIND == LIMITFS_MEMORY && e->present)
+			raise_last(st, w->kind);
+	}
+	if (ring(s, LIMITFS_GONE, st ? st->peak : 0, flips_of(st))) {
 		bpf_map_delete_elem(&states, &s->member);
 		return 0;
 	}
 	st = state_of(&s->member);
 	if (st)
-		st->gone = 1;
+		st->gone = LIMITFS_UNTOLD;
+	drop();
 	return 0;
 }
 
@@ -1107,7 +1171,10 @@ static __always_inline void inherit(struct task_struct *parent, struct task_stru
 __noinline int end_watches(void)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct ending e = { .subject = { .member = { .tgid = task->tgid, .start = start_of(task) } } };
+	struct ending e = {
+		.present = true,
+		.subject = { .member = { .tgid = task->tgid, .start = start_of(task) } },
+	};
 	struct share placed = { .tgid = e.subject.member.tgid, .start = e.subject.member.start };
 	__u64 scope = LIMITFS_PROCESS | placed.tgid;
 	__u32 wide = control.wide;
@@ -1124,6 +1191,27 @@ __noinline int end_watches(void)
 	if (e.config && e.config->start == placed.start)
 		bpf_map_delete_elem(&configs, &scope);
 	return 0;
+}
+
+#define EEXIST 17
+
+/*
+ * Whether it is with this thread that its process ends, at sched_process_exit
+ * (its context). Once for each process: of threads that end together, all but
+ * the first may find that none is left, so where the kernel does not say who
+ * was the last, it is who asks first.
+ */
+static __always_inline bool ends_process(unsigned long long *context, struct task_struct *task)
+{
+	struct member key = { .tgid = task->tgid };
+
+	/* Volatile: to read it is forbidden where there is none. */
+	if (bpf_core_type_exists(btf_trace_sched_process_exit___last))
+		return *(volatile unsigned long long *)&context[1];
+	if (!is_last(task))
+		return false;
+	key.start = start_of(task);
+	return bpf_map_update_elem(&ended, &key, &nothing, BPF_NOEXIST) != -EEXIST;
 }
 
 /* The current task is the last thread of its process, and ends. */

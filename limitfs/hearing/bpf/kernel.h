@@ -49,6 +49,7 @@ struct list_head {
 struct signal_struct {
 	atomic_t live;
 	struct list_head thread_head;
+	void *pids[2];
 	struct rlimit rlim[16];
 	unsigned long maxrss;
 	int group_exit_code;
@@ -159,8 +160,14 @@ struct pt_regs {
 
 #pragma clang attribute pop
 
+/* Since 6.16 it says whether this was the last thread of its process. */
+typedef void (*btf_trace_sched_process_exit___last)(void *data, struct task_struct *task, bool last);
+
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
+
+/* enum in pid_types.h */
+#define PIDTYPE_TGID 1
 
 /* enum in mm_types_task.h */
 #define MM_FILEPAGES 0

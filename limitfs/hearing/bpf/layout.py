@@ -61,6 +61,14 @@ class What(enum.IntEnum):
     EXIT = 4
     FULL = 5
     MOVE = 6
+    WAKE = 7
+
+
+class Ending(enum.IntEnum):
+    """enum limitfs_ending."""
+
+    ENDS = 1
+    UNTOLD = 2
 
 
 class Watch(ctypes.Structure):
@@ -113,7 +121,6 @@ class State(ctypes.Structure):
         ("flips", _u64),
         ("value", _s64),
         ("peak", _s64),
-        ("lost", _u64),
         ("told", _u32),
         ("gone", _u32),
     )

@@ -1,7 +1,7 @@
 """The part of libbpf that is needed here, through ctypes; https://docs.kernel.org/bpf/libbpf/.
 
 The library of the system is used (libbpf.so.1, 1.0 or later), loaded when it is first needed. Everything here
-runs on the event loop and takes micro- to milliseconds, apart from `destroy_links`, which may take half a second
+runs on the event loop and takes micro- to milliseconds, apart from `Links.destroy`, which may take half a second
 for some kinds of programs and is meant for a thread.
 """
 
@@ -10,7 +10,6 @@ import errno
 import mmap
 import os
 import resource
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -51,6 +50,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_map_lookup_elem": (_int, _int, _pointer, _pointer),
     "bpf_map_delete_elem": (_int, _int, _pointer),
     "bpf_map_get_next_key": (_int, _int, _pointer, _pointer),
+    "bpf_map_lookup_batch": (_int, _int, _pointer, _pointer, _pointer, _pointer, _pointer, _pointer),
     "bpf_prog_test_run_opts": (_int, _int, _pointer),
     "ring_buffer__new": (_pointer, _int, _SAMPLE, _pointer, _pointer),
     "ring_buffer__epoll_fd": (_int, _pointer),
@@ -181,6 +181,11 @@ def kernel_has(section: str) -> bool:
     return True
 
 
+def detaches_quickly(section: str) -> bool:
+    """Whether detaching a program of `section` takes less than a millisecond: that of a tracepoint."""
+    return section.lstrip("?").startswith("tp_btf/")
+
+
 class Map:
     """A hash map whose keys and values are ctypes structures or integers."""
 
@@ -219,6 +224,24 @@ class Map:
             before, key = ctypes.byref(key), key_type()
         return found
 
+    def slices(self, key_type: Any, value_type: Any, size: int) -> Iterator[list[tuple[Any, Any]]]:
+        """All (key, value), up to `size` at once; what stays all the while is met once.
+
+        Raises:
+            BpfError: the kernel does not give them.
+        """
+        before, after = None, ctypes.c_uint32()
+        code = 0
+        while code == 0:
+            keys, values, count = (key_type * size)(), (value_type * size)(), ctypes.c_uint32(size)
+            code = self._library.bpf_map_lookup_batch(
+                self._fd, before, ctypes.byref(after), keys, values, ctypes.byref(count), None
+            )
+            if code and ctypes.get_errno() != errno.ENOENT:  # ENOENT: these were the last
+                raise _error("a map cannot be read", code)
+            yield [(keys[index], values[index]) for index in range(count.value)]
+            before = ctypes.byref(after)
+
     def clear(self, key_type: Any) -> None:
         """Remove all that is there now."""
         for key in self.keys(key_type):
@@ -234,13 +257,30 @@ class Links:
     def __contains__(self, name: str) -> bool:
         return name in self._links
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._links))
+
+    def __len__(self) -> int:
+        return len(self._links)
+
     def add(self, name: str, link: int) -> None:
         self._links[name] = link
 
-    def destroy(self, stop: threading.Event | None = None) -> None:
-        """Detach all, or some until `stop` is set; may take half a second (fexit), and may run in a thread."""
-        while self._links and not (stop is not None and stop.is_set()):
-            shared_library().bpf_link__destroy(self._links.popitem()[1])
+    def take_back(self, others: "Links", names: set[str]) -> None:
+        """Have those of `others` that are still attached, which another thread may be detaching."""
+        for name in names:
+            link = others._links.pop(name, None)
+            if link is not None:
+                self._links[name] = link
+
+    def destroy(self) -> None:
+        """Detach all that are not taken back; may take half a second for each (fexit), and may run in a thread."""
+        while True:
+            try:
+                _name, link = self._links.popitem()
+            except KeyError:
+                return
+            shared_library().bpf_link__destroy(link)
 
 
 class Object:
@@ -392,12 +432,14 @@ class Ring:
     Args:
         map_fd: of the map.
         receive: called by `drain` with each record.
-        most: records per `drain`, so that a busy kernel cannot keep the caller for good.
     """
 
-    def __init__(self, map_fd: int, receive: Callable[[bytes], None], most: int = 4096) -> None:
+    def __init__(self, map_fd: int, receive: Callable[[bytes], None]) -> None:
         self._library = shared_library()
-        self._left = self._most = most
+        self._left = 0
+        # The two positions have a page each, see Documentation/bpf/ringbuf.rst.
+        pages = mmap.mmap(map_fd, 2 * mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._positions = memoryview(pages).cast("L")
 
         def sample(_context: int | None, data: int, size: int) -> int:
             receive(ctypes.string_at(data, size))
@@ -411,12 +453,23 @@ class Ring:
             raise _error("no ring buffer")
         self.fd = int(self._library.ring_buffer__epoll_fd(self._ring))
 
-    def drain(self) -> None:
-        """Take what is there."""
-        self._left = self._most
+    def drain(self, most: int) -> None:
+        """Take what is there, up to `most` records, so that a busy kernel cannot keep the caller for good."""
+        self._left = most
         self._library.ring_buffer__consume(self._ring)
+
+    @property
+    def taken(self) -> int:
+        """The position up to which it was drained."""
+        return self._positions[0]
+
+    @property
+    def filled(self) -> int:
+        """The position up to which there are records, some of which may be written just now."""
+        return self._positions[mmap.PAGESIZE // self._positions.itemsize]
 
     def close(self) -> None:
         if self._ring:
             self._library.ring_buffer__free(self._ring)
             self._ring = None
+            self._positions.release()

@@ -145,10 +145,15 @@ struct membership {
 struct state {
 	__u64 flips;	/* crossings either way: odd in alarm; (flips + 1) / 2 alarms */
 	__s64 value;	/* when last counted exactly, in units of the kind */
-	__s64 peak;	/* highest such value */
-	__u64 lost;	/* records that the ring did not take */
+	__s64 peak;	/* of a process: highest such value */
 	__u32 told;	/* user space has heard of this member */
-	__u32 gone;	/* it has ended, and the ring did not take that */
+	__u32 gone;	/* enum limitfs_ending; else 0 */
+};
+
+/* How it is told that a member has ended. */
+enum limitfs_ending {
+	LIMITFS_ENDS = 1,	/* by a record: it is in the ring, or is tried just now */
+	LIMITFS_UNTOLD,		/* by this only: the ring did not take that */
 };
 
 enum limitfs_what {
@@ -159,12 +164,13 @@ enum limitfs_what {
 	LIMITFS_EXIT,
 	LIMITFS_FULL,	/* a map takes no more, see `control.full` */
 	LIMITFS_MOVE,	/* a process belongs to another cgroup now, of whichever hierarchy */
+	LIMITFS_WAKE,	/* only `time` and `what` are true: see `control.dropped` */
 };
 
 /* What happened. `tgid`, `tid`: numbers of the initial PID namespace. */
 struct record {
 	__u64 time;	/* ns, CLOCK_MONOTONIC */
-	__s64 value;	/* in units of the kind; EXIT: peak of memory, pages */
+	__s64 value;	/* in units of the kind; GONE: its peak; EXIT: peak of memory, pages */
 	__u64 flips;	/* as in the state */
 	__u64 start;	/* ticks after boot; for a total its scope */
 	__u32 watch;	/* FORK, EXEC, MOVE: 0; EXIT: exit code as wait(2) has it */

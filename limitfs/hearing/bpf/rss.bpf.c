@@ -174,21 +174,40 @@ static __always_inline bool is_alone(void)
 	return true;
 }
 
+/*
+ * Whether this is a process, and has this memory. While fork makes one, its
+ * numbers and its leader are still its parent's; exec fills memory that nobody
+ * has yet.
+ */
+static __always_inline bool has(struct task_struct *task, struct mm_struct *mm)
+{
+	return BPF_CORE_READ(task, mm) == mm && BPF_CORE_READ(task, signal, pids[PIDTYPE_TGID]);
+}
+
+/*
+ * The current process, if the memory is its own, and the one to whom the
+ * kernel counts it: another one with reclaim, and where processes share it
+ * (vfork, CLONE_VM). Of more than two that share it the others hear nothing:
+ * all processes would have to be searched at each page fault.
+ */
 SEC("?tp_btf/rss_stat")
 int BPF_PROG(rss_stat, struct mm_struct *mm)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+	struct task_struct *task = bpf_get_current_task_btf(), *owner;
+	bool own = task->mm == mm;
 
-	if (task->mm == mm) {
+	if (own)
 		look();
-		return 0;
-	}
-	/* Reclaim, or fork copying into the child. Without CONFIG_MEMCG nobody knows whose it is. */
+	/* Without CONFIG_MEMCG nobody knows. */
 	if (!bpf_core_field_exists(mm->owner))
 		return 0;
-	task = BPF_CORE_READ(mm, owner);
-	if (task)
-		look_as((__u64)task, (__u64)task, BPF_CORE_READ(task, tgid), 0);
+	owner = mm->owner;
+	if (!owner || (own && owner->tgid == task->tgid))
+		return 0;
+	/* Once more, as a number. */
+	owner = BPF_CORE_READ(mm, owner);
+	if (has(owner, mm))
+		look_as(own ? bpf_get_current_task() : (__u64)owner, (__u64)owner, BPF_CORE_READ(owner, tgid), 0);
 	return 0;
 }
 
@@ -205,7 +224,7 @@ int BPF_PROG(sched_process_fork, struct task_struct *parent, struct task_struct 
 SEC("?tp_btf/sched_process_exit")
 int BPF_PROG(sched_process_exit, struct task_struct *task)
 {
-	if (is_last(task))
+	if (ends_process(ctx, task))
 		end();
 	return 0;
 }

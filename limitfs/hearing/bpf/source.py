@@ -5,17 +5,19 @@ turned; the ring that brings it is no more than a wake-up, so when it overruns n
 alarms without a line are counted from the map and told by `missed`.
 """
 
+import ctypes
 import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from limitfs.errors import Gone, LimitsError
 from limitfs.hearing.births import Birth, birth_lost
-from limitfs.hearing.bpf.engine import Engine, Hooks, own_member
+from limitfs.hearing.bpf.cost import Probe
+from limitfs.hearing.bpf.engine import CGROUP_HOOKS, Engine, Hooks, key_of, own_member
 from limitfs.hearing.bpf.layout import (
     DEPTH,
     EVERY,
@@ -25,6 +27,7 @@ from limitfs.hearing.bpf.layout import (
     PROCESS,
     SHARE,
     Control,
+    Ending,
     Flag,
     Kind,
     Member,
@@ -166,6 +169,11 @@ class _Place(NamedTuple):
     group: Group | None = None
     total: bool = False
 
+    def programs(self) -> frozenset[str]:
+        """What is needed beyond what is attached for every condition."""
+        by_cgroup = self.total or (self.scope < GROUP and self.scope != EVERY)
+        return CGROUP_HOOKS if by_cgroup else frozenset()
+
 
 class _Armed:
     """Watches in one scope, and what was told of each member."""
@@ -196,8 +204,9 @@ class _Armed:
 
     def _begin(self) -> None:
         """Attach, watch, and only then read: what happens meanwhile is heard."""
-        self._engine.use()
-        self._undo.append(self._engine.release)
+        more = self._place.programs()
+        self._engine.use(more)
+        self._undo.append(lambda: self._engine.release(more))
         try:
             self._start()
         except BaseException:
@@ -209,8 +218,8 @@ class _Armed:
         watches = watches_for(self._want, self._scale, level, clear)
         place, engine = self._place, self._engine
         if place.group is not None:
-            engine.enter(place.group)
-            self._undo.append(lambda group=place.group: engine.exit(group))  # type: ignore[misc]
+            engine.enter(place.group, self._crowded)
+            self._undo.append(lambda group=place.group: engine.exit(group, self._crowded))  # type: ignore[misc]
         if place.total:
             self._begin_sum(watches)
         engine.add(self, place.scope, place.start, watches)
@@ -262,7 +271,7 @@ class _Armed:
             member = self._member_of(key.tgid, key.start)
             if member is None:
                 continue
-            turned = self._follow(member, _key(key), state.flips)
+            turned = self._follow(member, key, state.flips)
             if turned or self._want.condition.op is Op.CHANGE:
                 told = True
                 self._tell(member, state.value, state.flips)
@@ -271,7 +280,7 @@ class _Armed:
 
     def _own_states(self) -> Iterable[tuple[Member, State]]:
         if self._want.each:
-            return self._my_states()
+            return self._engine.states({watch.id for watch in self._watches})
         place = self._place
         keys = (own_member(watch, place.scope, place.start) for watch in self._watches)
         return [(key, state) for key in keys if (state := self._engine.state(key)).told]
@@ -301,32 +310,36 @@ class _Armed:
     def crossed(self, record: Record) -> None:
         """A state turned."""
         member = self._member_of(record.tgid, record.start)
-        if not self._follow(member, _key(record), record.flips):
+        if not self._follow(member, record, record.flips):
             return
         if member is None:
             self._count_nameless(record.flips)
             return
-        if record.tid:
-            self._listener.witnessed(member, _witness(record))
-        self._tell(member, record.value, record.flips)
+        self._tell(member, record.value, record.flips, record)
 
     def ended(self, record: Record) -> None:
         """A member ended, or left."""
         member = self._member_of(record.tgid, record.start)
-        self._follow(member, _key(record), record.flips)
-        self._end(member, record)
+        self._follow(member, record, record.flips, told=False)
+        self._end(member, record, record.value)
 
-    def overran(self) -> None:
+    def overran(self, states: list[tuple[Member, State]]) -> None:
         """Tell what the ring could not: from the states, which are always true."""
         readings, ended = [], []
-        for key, state in self._my_states():
+        for key, state in states:
+            if not state.gone and state.flips <= self._told.get(key_of(key), 0):
+                continue
+            untold = state.gone == Ending.UNTOLD
+            if not untold and (state := self._engine.steady(key)).gone:
+                continue  # that it has ended is still to be heard
             member = self._member_of(key.tgid, key.start)
-            if self._follow(member, _key(key), state.flips):
+            if self._follow(member, key, state.flips):
                 self._skipped += 1  # the last one too came without details
                 readings.append((member, state.value, state.flips))
-            if state.gone:
-                ended.append((member, key))
-        lost, self._skipped = self._skipped + len(ended), 0
+            if untold:
+                self._skipped += 1
+                ended.append((member, key, state.peak))
+        lost, self._skipped = self._skipped, 0
         if lost:
             self._listener.lost(lost)
         for member, value, flips in readings:
@@ -334,44 +347,63 @@ class _Armed:
                 self._count_nameless(flips)
             else:
                 self._tell(member, value, flips)
-        for member, key in ended:
+        for member, key, peak in ended:
             self._engine.drop_state(key)
-            self._end(member, key)
+            self._end(member, key, peak)
 
     def lacks(self, count: int) -> None:
         """The kernel had no room for so many, perhaps of ours."""
         self._listener.lost(count)
 
+    def _crowded(self) -> None:
+        """The kernel does not know of a member of our group."""
+        self._listener.lost(1)
+        self._listener.lapsed()
+
     def _count_nameless(self, flips: int) -> None:
         if flips & 1 and self._counts_alarms():
             self._listener.missed(self._want.target, 1)
 
-    def _tell(self, member: Target, value: int, flips: int) -> None:
+    def _tell(self, member: Target, value: int, flips: int, record: Record | None = None) -> None:
         try:
+            if record is not None and record.tid:
+                self._listener.witnessed(member, _witness(record))
+            else:
+                self._want.levels(member)  # a listener without a witness does not say that they are no more
             self._listener.reading(member, float(value * self._scale.unit))
         except LimitsError:
             # It ended before its limit could be read for the line: the alarm counts all the same.
             if flips & 1 and self._counts_alarms():
                 self._listener.missed(member, 1)
 
-    def _end(self, member: Target | None, key: Record | Member) -> None:
+    def _end(self, member: Target | None, key: Record | Member, peak: int) -> None:
         """Of several watches for one condition, the first tells."""
-        self._told.pop(_key(key), None)
+        self._told.pop(key_of(key), None)
         if self._place.scope & PROCESS and key.tgid:
             self._engine.forget(self._place.scope, key.start)
         if member is not None and self._watches and key.watch == self._watches[0].id:
-            self._listener.gone(member)
+            # Totals keep no peak, and where less is worse it is of no interest.
+            known = key.tgid and self._want.condition.upward
+            self._listener.gone(member, float(peak * self._scale.unit) if known else None)
         if isinstance(member, Partition):
             self._partitions.pop(key.start, None)
 
-    def _follow(self, member: Target | None, key: tuple[int, int, int], flips: int) -> bool:
-        """Note where a state is now, and count the alarms between that were not told; False: that is no news."""
+    def _follow(self, member: Target | None, of: Record | Member, flips: int, told: bool = True) -> bool:
+        """Note where a state is now, and count the alarms that are not told; False: that is no news.
+
+        Args:
+            member: whose state; None: nameless.
+            of: the same, as the kernel has it.
+            flips: the turns of the state so far.
+            told: the last of them is told by a reading.
+        """
+        key = key_of(of)
         before = self._told.get(key, 0)
         if flips <= before:
             return False
         self._told[key] = flips
-        self._skipped += flips - before - 1
-        heard = 1 if flips & 1 and not before & 1 else 0
+        self._skipped += flips - before - told
+        heard = 1 if told and flips & 1 and not before & 1 else 0
         missed = alarms(flips) - alarms(before) - heard
         if missed and self._counts_alarms():
             self._listener.missed(member or self._want.target, missed)
@@ -380,10 +412,6 @@ class _Armed:
     def _counts_alarms(self) -> bool:
         """With `for`, whether it was an alarm is decided elsewhere; with `change` there are none."""
         return self._want.condition.hold is None and self._want.condition.op is not Op.CHANGE
-
-    def _my_states(self) -> Iterator[tuple[Member, State]]:
-        ids = {watch.id for watch in self._watches}
-        return ((member, state) for member, state in self._engine.states() if member.watch in ids)
 
 
 class _EveryPartition:
@@ -426,10 +454,6 @@ def _common_levels(want: Want) -> tuple[float, float]:
         return want.condition.levels(math.inf if not any(map(_is_share, amounts)) else 100.0)
     # Of something that is the same for all: ask of ourselves.
     return want.levels(procfs.identify(os.getpid()))
-
-
-def _key(of: Record | Member) -> tuple[int, int, int]:
-    return of.watch, of.tgid, of.start
 
 
 # Sources
@@ -483,7 +507,7 @@ class _BpfSource:
 
         Raises:
             Refused: the hooks do not attach any more, there are 16 watches on the target, the kernel cannot tell
-                who is in the partition, or a process is in 8 groups already.
+                who is in the partition, or a process of the group is in 8 groups already.
             Gone: the target has ended.
             LimitsError: as `want.levels`.
         """
@@ -579,23 +603,23 @@ class BpfFds(_BpfSource):
         Hooks(
             "fd_install",
             "descriptor calls of all processes",
+            Probe(_dup_and_close, Kind.FDS),
             _table_hooks("fentry_", "fexit_"),
             _more_table_hooks("fexit_"),
-            probe=_dup_and_close,
         ),
         Hooks(
             "fd_install",
             "descriptor calls of all processes",
+            Probe(_dup_and_close, Kind.FDS),
             _table_hooks("table@", "table@%"),
             _more_table_hooks("table@%"),
-            probe=_dup_and_close,
         ),
         Hooks(
             "sys_exit",
             "every system call of all processes",
+            Probe(os.getppid, Kind.FDS),
             (_one("sys_exit"), *_LIFE),
             _one("io_uring_complete", "io_uring_submit_req", "io_uring_submit_sqe"),
-            probe=os.getppid,
         ),
     )
 
@@ -637,8 +661,8 @@ class BpfRss(_BpfSource):
         Hooks(
             "rss_stat",
             "page faults of all processes (per 16)",
+            Probe(_touch_pages, Kind.MEMORY),
             (_one("rss_stat"), _one("sched_process_fork"), _one("sched_process_exit")),
-            probe=_touch_pages,
             prepare=_find_processors,
             run=_one("find_processors"),
         ),
@@ -654,6 +678,15 @@ _BIRTHS = frozenset({What.FORK, What.EXEC, What.EXIT})
 _MOVES = frozenset({"record_move", "record_transfer"})
 """All ways from one cgroup to another."""
 
+_libc = ctypes.CDLL(None)
+
+
+def _start_and_end() -> None:
+    """A thread, which costs as much less than a process as what is measured is seen better."""
+    thread = ctypes.c_ulong()
+    if _libc.pthread_create(ctypes.byref(thread), None, _libc.getpid, None) == 0:
+        _libc.pthread_join(thread, None)
+
 
 class BpfTasks(_BpfSource):
     """Threads, and the lives of processes with their peaks."""
@@ -668,10 +701,18 @@ class BpfTasks(_BpfSource):
         Hooks(
             "sched_process",
             "fork, exec and exit of all processes",
+            Probe(_start_and_end, Kind.THREADS),
             _LIFE,
-            _one("fentry_taskstats_exit") | _MOVES,
+            _one("fentry_taskstats_exit"),
+            on_request=CGROUP_HOOKS | _MOVES,
         ),
-        Hooks("sched_process", "fork, exec and exit of all processes", _LIFE, _MOVES),
+        Hooks(
+            "sched_process",
+            "fork, exec and exit of all processes",
+            Probe(_start_and_end, Kind.THREADS),
+            _LIFE,
+            on_request=CGROUP_HOOKS | _MOVES,
+        ),
     )
 
     def births(self, callback: Callable[[Birth], None]) -> Callable[[], None]:
@@ -698,7 +739,7 @@ class BpfTasks(_BpfSource):
         def hear(record: Record) -> None:
             moved(Process(record.tgid, record.start))
 
-        return self.engine.subscribe(frozenset({What.MOVE}), hear, lost)
+        return self.engine.subscribe(frozenset({What.MOVE}), hear, lost, _MOVES)
 
 
 def _birth(record: Record) -> Birth:

@@ -77,12 +77,19 @@ int BPF_PROG(sched_process_exec, struct task_struct *task)
 	return 0;
 }
 
-/* Peaks, in pages, of processes that are about to end: from where their memory is still there to where it is told. */
+/* Others of the process live on. */
+#define NOT_LAST (-1)
+
+/*
+ * Threads that are about to end, before 6.16: of the last one of a process the
+ * peak of memory, in pages, from where the memory is still there to where it
+ * is told.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, LIMITFS_CONFIGS);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, __u32);
+	__type(key, __u32);	/* tid */
 	__type(value, __s64);
 } ending SEC(".maps");
 
@@ -91,44 +98,45 @@ struct {
  * have grown since, and are read here as the kernel reads them for rusage,
  * without asking every processor.
  */
-static __always_inline __s64 peak_of(struct mm_struct *mm)
+static __always_inline __s64 peak_of(struct task_struct *task)
 {
-	__s64 now = COMMON(mm, MM_FILEPAGES) + COMMON(mm, MM_ANONPAGES) + COMMON(mm, MM_SHMEMPAGES);
-	__s64 mark = mm->hiwater_rss;
+	struct mm_struct *mm = task->mm;
+	__s64 now, mark;
 
+	/* What is left of it includes the programs before the last exec. */
+	if (!mm)
+		return BPF_CORE_READ(task, signal, maxrss);
+	now = COMMON(mm, MM_FILEPAGES) + COMMON(mm, MM_ANONPAGES) + COMMON(mm, MM_SHMEMPAGES);
+	mark = mm->hiwater_rss;
 	return now > mark ? now : mark;
 }
 
-static __always_inline void record_exit(struct task_struct *task)
+static __always_inline void record_exit(struct task_struct *task, __s64 peak)
 {
-	struct mm_struct *mm = task->mm;
 	int status = BPF_CORE_READ(task, signal, group_exit_code);
-	__u32 key = task->tgid;
-	__s64 peak, *before;
 
 	if (!status)
 		status = BPF_CORE_READ(task, group_leader, exit_code);
-	before = bpf_map_lookup_elem(&ending, &key);
-	if (mm)
-		peak = peak_of(mm);
-	else if (before)
-		peak = *before;
-	else
-		/* What is left of it includes the programs before the last exec. */
-		peak = BPF_CORE_READ(task, signal, maxrss);
-	if (before)
-		bpf_map_delete_elem(&ending, &key);
 	record_life(task, LIMITFS_EXIT, status, peak);
 }
 
 SEC("?tp_btf/sched_process_exit")
 int BPF_PROG(sched_process_exit, struct task_struct *task)
 {
-	if (!is_last(task)) {
+	__u32 key = task->pid;
+	__s64 peak = NOT_LAST, *before = bpf_map_lookup_elem(&ending, &key);
+
+	if (before) {
+		peak = *before;
+		bpf_map_delete_elem(&ending, &key);
+	} else if (ends_process(ctx, task)) {
+		peak = peak_of(task);
+	}
+	if (peak == NOT_LAST) {
 		look();
 		return 0;
 	}
-	record_exit(task);
+	record_exit(task, peak);
 	end();
 	return 0;
 }
@@ -136,21 +144,21 @@ int BPF_PROG(sched_process_exit, struct task_struct *task)
 /*
  * Before 6.16 sched_process_exit comes after the memory is gone, and after the
  * thread's joiner was woken, who may have made another one by then. This comes
- * before.
+ * before, and is told which is the last.
  */
 SEC("?fentry/taskstats_exit")
-int BPF_PROG(fentry_taskstats_exit, struct task_struct *task)
+int BPF_PROG(fentry_taskstats_exit, struct task_struct *task, int last)
 {
-	struct mm_struct *mm = task->mm;
-	__u32 key = task->tgid;
-	__s64 peak;
+	__u32 key = task->pid;
+	__s64 peak = last ? peak_of(task) : NOT_LAST;
 
-	if (!is_last(task)) {
+	if (bpf_core_type_exists(btf_trace_sched_process_exit___last))
+		return 0;
+	if (!(control.lives & 1 << LIMITFS_EXIT) && !concerns(task->tgid))
+		return 0;
+	if (!last)
 		look();
-	} else if (control.lives & 1 << LIMITFS_EXIT && mm) {
-		peak = peak_of(mm);
-		bpf_map_update_elem(&ending, &key, &peak, BPF_ANY);
-	}
+	bpf_map_update_elem(&ending, &key, &peak, BPF_ANY);
 	return 0;
 }
 
