@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from test_bpf_kit import Alarmed, AnySource, base_fds, links, loaded, settle
 from test_bpf_scopes import FDS, MEMORY, PROCESSES, THREADS, Chosen, Tree, agrees
+from test_bpf_scopes import source as source
+from test_bpf_scopes import tasks as tasks
 from test_bpf_scopes import tree as tree
 
 from conftest import EXCURSIONS, PATIENCE
@@ -39,18 +41,6 @@ def hooked() -> set[str]:
         with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{name}") as info:
             found.update(re.findall(r"^tp_name:\s*(\w+)", info.read(), re.MULTILINE))
     return found
-
-
-@pytest.fixture
-def source(reactor: Turned) -> Iterator[BpfFds]:
-    with loaded(BpfFds, reactor) as source:
-        yield source
-
-
-@pytest.fixture
-def tasks(reactor: Turned) -> Iterator[BpfTasks]:
-    with loaded(BpfTasks, reactor) as source:
-        yield source
 
 
 # On request

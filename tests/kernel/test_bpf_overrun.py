@@ -4,14 +4,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_bpf_fds import loaded_once as loaded_once
+from test_bpf_fds import source as source
 from test_bpf_kit import Alarmed, base_fds, loaded, settle
 
-from kernelkit import Turned, begin, turned, want
+from kernelkit import Turned, begin, want
 from limitfs.hearing.bpf.libbpf import Map
 from limitfs.hearing.bpf.source import BpfFds, BpfTasks
 from limitfs.resources import procfs
@@ -27,19 +29,6 @@ BIRTHS = 5000
 """Of processes that are in alarm, and end: two records each."""
 
 MakeHelper = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def loaded_once() -> Iterator[BpfFds]:
-    with turned() as reactor, loaded(BpfFds, reactor) as source:
-        yield source
-
-
-@pytest.fixture
-def source(reactor: Turned, loaded_once: BpfFds) -> Iterator[BpfFds]:
-    loaded_once.engine._reactor = reactor
-    yield loaded_once
-    loaded_once.engine.wait_detached()
 
 
 class Filler:
