@@ -136,7 +136,7 @@ def _bind(family: Family, place: Place, name: str) -> Place | None:
         if resource is None or (place.target is not None and place.target.level not in resource.levels):
             return None
         return Place(place.at(name).path, place.target, resource)
-    if family.label in _NUMBERS and not name.isdigit():
+    if family.label in _NUMBERS and not content.is_number(name):
         return None
     if place.resource is not None:
         return Place(place.at(name).path, place.target, place.resource, name)

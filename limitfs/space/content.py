@@ -177,8 +177,13 @@ def bind_thread(place: Place, house: "House", user: int, name: str) -> Place:
         raise Absent(f"no thread {name} in process {process.pid}") from None
 
 
+def is_number(name: str) -> bool:
+    """Whether a process or a thread can have this name."""
+    return name.isascii() and name.isdigit() and not name.startswith("0") and len(name) <= 10
+
+
 def _number(name: str) -> int:
-    if not (name.isascii() and name.isdigit()) or name.startswith("0") or len(name) > 10:
+    if not is_number(name):
         raise Absent(f"no such name: {name!a}")
     return int(name)
 
