@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NoReturn
 
 FSTYPE = "fuse.limitfs"
@@ -71,6 +72,10 @@ class Health(enum.StrEnum):
     EXCESSIVE = "says more than anybody would read"
 
 
+_MOST_LINKS = 40
+"""That path_resolution(7) follows."""
+
+
 # --- the kernel's table
 
 
@@ -117,10 +122,21 @@ def is_mounted(mountpoint: str) -> bool:
 
 
 def resolve(directory: str) -> str:
-    """The path as mountinfo has it. Does not touch `directory` itself where limitfs is mounted on it."""
-    parent, name = os.path.split(os.path.abspath(directory))
-    place = os.path.join(os.path.realpath(parent), name)
-    return place if is_mounted(place) else os.path.realpath(place)
+    """The path as mountinfo has it. Does not touch what `directory` is, or links to, where that is a limitfs."""
+    place = os.path.abspath(directory)
+    for _link in range(_MOST_LINKS):
+        parent, name = os.path.split(place)
+        place = os.path.join(os.path.realpath(parent), name)
+        if is_mounted(place):
+            return place
+        try:
+            target = os.readlink(place).rstrip("/")
+        except OSError:
+            return place
+        if os.path.basename(target) in ("", ".", ".."):
+            break
+        place = os.path.join(os.path.dirname(place), target)
+    return os.path.realpath(place)
 
 
 @contextlib.contextmanager
@@ -395,21 +411,48 @@ def _serve_apart(serve: Callable[[Callable[[], None]], int], ready: Callable[[],
             meant.append(number)
         os.kill(child, number)
 
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-    was_ready = bool(os.read(reader, 1))
-    os.close(reader)
-    if was_ready:
-        ready()
-    # It keeps its number until it is waited for: no signal goes to another process.
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
-    for number in _PASSED_ON:
-        signal.signal(number, signal.SIG_DFL)
+    pidfd = os.pidfd_open(child)
+    with _signals_taken(pass_on) as taken:
+        _await(reader, taken)
+        was_ready = bool(os.read(reader, 1))
+        os.close(reader)
+        if was_ready:
+            ready()
+        # It keeps its number until it is waited for: no signal goes to another process.
+        _await(pidfd, taken)
+    os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     # Also one that hung, and then ended in another way.
     return 0 if meant else code, was_ready
+
+
+@contextlib.contextmanager
+def _signals_taken(pass_on: Callable[[int, FrameType | None], None]) -> Iterator[int]:
+    """Let the signals through that were blocked, to `pass_on`; gives what can be read when one came."""
+    taken, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for number in _PASSED_ON:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    try:
+        yield taken
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+        for number in _PASSED_ON:
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        os.close(told)
+        os.close(taken)
+
+
+def _await(fd: int, taken: int) -> None:
+    """Until `fd` can be read. Of a signal that comes just before, a call that waits without `taken` knows nothing."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    poller.register(taken, select.POLLIN)
+    while fd not in (ready for ready, _events in poller.poll()):
+        with contextlib.suppress(BlockingIOError):
+            os.read(taken, 64)
 
 
 def _tell_ready(writer: int) -> None:

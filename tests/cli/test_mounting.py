@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from conftest import PATIENCE
 from limitfs import mounting
 from limitfs.errors import Impossible
 from limitfs.mounting import Health, Mount, MountError
@@ -75,8 +77,18 @@ def test_resolve_follows_links_in_the_parent_and_at_the_end(tmp_path: Path) -> N
 def test_resolve_does_not_touch_a_mount(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = f"{tmp_path.resolve()}/mounted"
     os.symlink("/nowhere", place)
+    (tmp_path / "link").symlink_to("further")
+    (tmp_path / "further").symlink_to(f"../{tmp_path.name}/mounted/")
     monkeypatch.setattr(mounting, "table", lambda: [Mount(place, "fuse.limitfs", "limitfs")])
     assert mounting.resolve(place) == place
+    assert mounting.resolve(f"{tmp_path}/link") == place
+
+
+@pytest.mark.parametrize("target", [".", "real/..", "/", "link", "nowhere/x"])
+def test_resolve_ends_whatever_a_link_says(tmp_path: Path, target: str) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(target)
+    assert mounting.resolve(f"{tmp_path}/link") == os.path.realpath(tmp_path / "link")
 
 
 # --- asking
@@ -242,10 +254,14 @@ def keeping(body: str, pause: float) -> Iterator[subprocess.Popen[str]]:
     keeper = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    # What never comes is the end of what it says.
+    patience = threading.Timer(PATIENCE * 4, keeper.kill)
     with keeper:
+        patience.start()
         try:
             yield keeper
         finally:
+            patience.cancel()
             keeper.kill()
 
 
