@@ -446,7 +446,7 @@ def _signals_taken(pass_on: Callable[[int, FrameType | None], None]) -> Iterator
 
 
 def _await(fd: int, taken: int) -> None:
-    """Until `fd` can be read. A call that waits for it alone would sleep through a signal that came just before."""
+    """Until `fd` can be read. A call that waits for it alone would sleep through a signal that came before."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     poller.register(taken, select.POLLIN)
