@@ -139,6 +139,8 @@ class Daemon:
             self._shell(0), _directories(options), self.store, Arrivals(self.hearing.directories)
         )
         self.detached = False
+        # Also what the kernel holds up is left then, which pyfuse3.terminate() would wait for.
+        self._serving = trio.CancelScope()
         self._terminated = False
         self._unmounted = False
 
@@ -167,8 +169,9 @@ class Daemon:
             nursery.start_soon(self._obey_signals)
             nursery.start_soon(service.attend, self.notifier.mountpoint, self.status)
             ready()
-            # One task is enough, and quickest: no handler ever waits.
-            await pyfuse3.main(min_tasks=1, max_tasks=1)
+            # One task, one in reserve, and one for each write that waits, whose number fuse.py bounds.
+            with self._serving:
+                await pyfuse3.main(min_tasks=1, max_tasks=2**31 - 1)
             self._unmounted = not self._terminated
             nursery.cancel_scope.cancel()
 
@@ -215,7 +218,7 @@ class Daemon:
                 # Who types Ctrl-C means the mount, as with umount(8); a service manager may start us again.
                 self._terminated = number == signal.SIGTERM
                 self._say_who_holds()
-                pyfuse3.terminate()
+                self._serving.cancel()
 
     def _say_who_holds(self) -> None:
         """The mount goes all the same: who still has a file open gets ENOTCONN."""
@@ -243,7 +246,7 @@ class Daemon:
         self.detached = True
         if self.operations.open_files:
             log.warning("unmounted while %d files were open: their users get ENOTCONN", self.operations.open_files)
-        pyfuse3.terminate()
+        self._serving.cancel()
 
     def let_go(self) -> None:
         """What must be done before the process ends.

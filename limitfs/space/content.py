@@ -4,12 +4,13 @@ A `Place` is where a path leads. Readers return text for a user; writers take on
 raise `LimitsError`. Nothing here knows FUSE.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from limitfs.errors import Absent, Busy, Denied, Exists, Gone, Invalid, Unsupported
 from limitfs.resources import ABSENT, RESOURCES, at, cgroups, members, model, procfs, who
@@ -435,19 +436,30 @@ def show_limit(place: Place, house: "House", user: int) -> str:
     return f"{_limit(limit.soft, resource.unit)} {_limit(limit.hard, resource.unit)}\n"
 
 
-def store_limit(place: Place, house: "House", user: int, text: str) -> None:
+class Slow(NamedTuple):
+    """What is left of a write: a call for which the kernel may take its time, and what follows in the event loop.
+
+    Both raise LimitsError. The call may be made in any thread.
+    """
+
+    call: Callable[[], None]
+    then: Callable[[], None]
+
+
+def store_limit(place: Place, house: "House", user: int, text: str) -> Slow | None:
     """A write to `limit`: prlimit(2) for a process, the controller's own file for a partition."""
     target, resource = place.subject
     soft, hard = wanted_limit(place, text)
     if isinstance(target, Partition):
         cgroups.check(target)
-        resource.store(target, soft, user)
-    else:
-        assert isinstance(target, Process)
-        assert resource.rlimit is not None
-        procfs.check(target)
-        set_limit(target, resource.rlimit, soft, hard, raise_hard=user == 0)
+        call = resource.store(target, soft, user)
+        return Slow(call, functools.partial(house.registry.limit_changed, target, resource))
+    assert isinstance(target, Process)
+    assert resource.rlimit is not None
+    procfs.check(target)
+    set_limit(target, resource.rlimit, soft, hard, raise_hard=user == 0)
     house.registry.limit_changed(target, resource)
+    return None
 
 
 def wanted_limit(place: Place, text: str) -> tuple[float, float | None]:

@@ -1,17 +1,22 @@
 """The one module that knows pyfuse3: requests of the kernel become calls, and what those raise becomes errno.
 
 Handlers have no await in them, so each is atomic with regard to every other and to the sources' callbacks.
-None ever waits: a read that blocked would make its reader unkillable, and pyfuse3 answers no interrupt.
+None ever waits: a read that blocked would make its reader unkillable, and pyfuse3 answers no interrupt. Only
+`write` does, when it has done all but what the kernel may take long for.
 """
 
 import errno
 import functools
+import inspect
 import logging
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -28,7 +33,7 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from limitfs.errors import Denied, Forbidden, Invalid, LimitsError
+from limitfs.errors import Busy, Denied, Forbidden, Invalid, LimitsError
 from limitfs.space import content
 from limitfs.space.handles import OpenFile, open_file
 from limitfs.space.house import House
@@ -42,20 +47,26 @@ FOR_EVER = 3600.0
 """Seconds the kernel may keep a name or attributes that do not change."""
 BRIEFLY = 1.0
 """Seconds it may keep an owner, which a process can change; opening checks anew."""
+SLOW_AT_ONCE = 16
+"""Limits that one user may be waiting for the kernel to set."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Handler = Callable[Concatenate["Operations", P], T]
 
 
-def _guarded(
-    handler: Callable[Concatenate["Operations", P], T],
-) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
+@overload
+def _guarded(handler: Handler[P, Coroutine[Any, Any, T]]) -> Handler[P, Coroutine[Any, Any, T]]: ...
+@overload
+def _guarded(handler: Handler[P, T]) -> Handler[P, Coroutine[Any, Any, T]]: ...
+def _guarded(handler: Handler[P, Any]) -> Handler[P, Coroutine[Any, Any, Any]]:
     """The wrapper around every handler: any exception but FUSEError would end the mount."""
 
-    async def guarded(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def guarded(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> Any:
         self.requests += 1
         try:
-            return handler(self, *args, **kwargs)
+            answer = handler(self, *args, **kwargs)
+            return await answer if inspect.iscoroutine(answer) else answer
         except LimitsError as error:
             raise FUSEError(error.errno) from error
         except FUSEError:
@@ -91,6 +102,8 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, tuple[Node, list[str], int]] = {}
         self._open_files = OpenFiles(house.options.max_open)
         self._next_handle = 0
+        self._slow: Counter[int] = Counter()
+        self._threads = trio.CapacityLimiter(math.inf)
         # Who mounted may do what root may: the daemon cannot do more than he can.
         self._masters = frozenset((0, os.geteuid()))
 
@@ -257,16 +270,37 @@ class Operations(pyfuse3.Operations):
         return self._files[fh][0].read(off, size)
 
     @_guarded
-    def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         del off
         opened, node, user = self._files[fh]
         with self._explained(node, user, buf):
             # The owner may have changed since the file was opened: a setuid program must not be armed by an
             # old descriptor. One command that is allowed is then told to be good.
             self._permit(node, user, os.O_WRONLY)
-            opened.write(buf)
+            slow = opened.write(buf)
+            if slow is not None:
+                await self._take_time(slow, user)
             self._house.last_errors.accepted(user)
         return len(buf)
+
+    async def _take_time(self, slow: content.Slow, user: int) -> None:
+        """Make a call that the kernel may hold up, while others are served; what they changed, `then` looks at.
+
+        Raises:
+            Busy: many others of this user are held up.
+            LimitsError: as the call.
+        """
+        if self._slow[user] >= SLOW_AT_ONCE:
+            raise Busy(f"{SLOW_AT_ONCE} limits of user {user} are being set", "wait for one of them")
+        self._slow[user] += 1
+        try:
+            # A thread that hangs in the kernel shall not keep the daemon from ending.
+            await trio.to_thread.run_sync(slow.call, abandon_on_cancel=True, limiter=self._threads)
+        finally:
+            self._slow[user] -= 1
+            if not self._slow[user]:
+                del self._slow[user]
+        slow.then()
 
     @_guarded
     def poll(self, inode: InodeT, fh: FileHandleT, poll_handle: PollHandle | None, ctx: RequestContext) -> int:

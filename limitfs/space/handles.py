@@ -14,6 +14,7 @@ from limitfs.hearing.psi import PsiTrigger
 from limitfs.hearing.source import Refused
 from limitfs.space import content
 from limitfs.space.births import BirthLog
+from limitfs.space.content import Slow
 from limitfs.space.delivery import Broadcast, overtaken
 from limitfs.space.eventlog import Cursor, EventLog
 from limitfs.space.house import House
@@ -72,11 +73,11 @@ class TextFile:
         behind = offset - self._at
         return self._text[behind : behind + size] if behind >= 0 else b""
 
-    def write(self, data: bytes) -> None:
-        """One command. Raises as its writer."""
+    def write(self, data: bytes) -> Slow | None:
+        """One command, and what is left of it. Raises as its writer."""
         assert self._file.write is not None
-        self._file.write(self._place, self._house, self._user, command(data))
         self._text = None
+        return self._file.write(self._place, self._house, self._user, command(data))
 
     def poll(self, waker: Waker | None) -> int:
         """Always ready, as a regular file."""

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from limitfs.space import content
 
 if TYPE_CHECKING:
-    from limitfs.space.content import Place
+    from limitfs.space.content import Place, Slow
     from limitfs.space.house import House
 
 Reader = Callable[["Place", "House", int], str]
-Writer = Callable[["Place", "House", int, str], None]
+Writer = Callable[["Place", "House", int, str], "Slow | None"]
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file. `read` gives its text to a user (uid); `write` takes one whole command of a user."""
+    """A file. `read` gives its text to a user (uid); `write` takes one whole command of a user.
+
+    What `write` returns is to be done yet, where waiting stops nobody.
+    """
 
     name: str
     mode: int
