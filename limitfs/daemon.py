@@ -44,6 +44,8 @@ NICE = -10
 """See setpriority(2)."""
 PATIENCE = 0.3
 """Seconds to look, at the end, for who still uses the mount."""
+CLOSING = 0.1
+"""Seconds after `umount -l` in which the kernel may tell of files that were closed before."""
 
 
 def serve(mountpoint: str, options: Options, ready: Callable[[], None]) -> int:
@@ -244,6 +246,10 @@ class Daemon:
     def _detach(self) -> None:
         """Nobody can open anything any more; who has, must not keep the kernel's hooks in force."""
         self.detached = True
+        # Of what was closed just before, the kernel tells just after.
+        self._call_later(CLOSING if self.operations.open_files else 0, self._end_detached)
+
+    def _end_detached(self) -> None:
         if self.operations.open_files:
             log.warning("unmounted while %d files were open: their users get ENOTCONN", self.operations.open_files)
         self._serving.cancel()
