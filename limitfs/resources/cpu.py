@@ -144,13 +144,13 @@ class Cpu(Resource):
     def kept(self, target: Partition) -> bool:
         return _kept(target)
 
-    def store(self, target: Partition, limit: float, user: int) -> Callable[[], None]:
+    def store(self, target: Partition, limit: float, user: int) -> None:
         """cpu.max: so much of one CPU; the period stays."""
         if cgroups.has(target, _QUOTA):
             period = cgroups.number(target, _PERIOD)
-            return limits.put(target, _QUOTA, "-1" if math.isinf(limit) else f"{limit / 100 * period:.0f}", user)
-        text = "max" if math.isinf(limit) else f"{limit / 100 * _period(target):.0f}"
-        return limits.put(target, _MAX, text, user)
+            limits.put(target, _QUOTA, "-1" if math.isinf(limit) else f"{limit / 100 * period:.0f}", user)
+        else:
+            limits.put(target, _MAX, "max" if math.isinf(limit) else f"{limit / 100 * _period(target):.0f}", user)
 
     def counter(self, target: Measured) -> float:
         return consumed(target)

@@ -4,12 +4,10 @@ See getrlimit(2), prlimit(2), proc_pid_limits(5), and Documentation/admin-guide/
 """
 
 import errno
-import functools
 import math
 import os
 import re
 import resource as rlimits
-from collections.abc import Callable
 from fractions import Fraction
 
 from limitfs.errors import Busy, Denied, Gone, Impossible, Invalid
@@ -215,34 +213,24 @@ def of_partition(target: Partition, knob: Knob) -> Limit:
     return Limit(most, most)
 
 
-def store(target: Partition, knob: Knob, limit: float, user: int) -> Callable[[], None]:
-    """The call that sets a knob to a number, or to none, for a user; as `put`."""
+def store(target: Partition, knob: Knob, limit: float, user: int) -> None:
+    """Set a knob to a number, or to none, for a user; raises as `put`."""
     none = "-1" if knob.v1 is not None and cgroups.file(target, knob).endswith("_in_bytes") else "max"
-    return put(target, knob, none if math.isinf(limit) else str(int(limit)), user)
+    put(target, knob, none if math.isinf(limit) else str(int(limit)), user)
 
 
-def put(target: Partition, knob: Knob, text: str, user: int) -> Callable[[], None]:
-    """The call that writes to a knob, for a user, what the kernel wants to read there.
-
-    It may be made in any thread, and where waiting stops nobody: with a limit on memory below what is in use, the
-    kernel first reclaims, for seconds where that goes to a disk.
+def put(target: Partition, knob: Knob, text: str, user: int) -> None:
+    """Write to a knob, for a user, what the kernel wants to read there.
 
     Raises:
         Gone: the partition was removed.
         Unsupported: it has no such file.
-        Denied: it lets not this user set this one.
-        And from the call:
-        Gone, Unsupported: as before.
         Busy: more is in use than the limit, and the kernel could not make it less.
         Impossible: the kernel does not take such a limit.
-        Denied: it lets nobody set this one.
+        Denied: it lets this user, or anybody, not set this one.
     """
     if not _may_store(target, knob, user):
         raise Denied("this limit belongs to who delegated the partition")
-    return functools.partial(_write, target, knob, text)
-
-
-def _write(target: Partition, knob: Knob, text: str) -> None:
     try:
         cgroups.write(target, knob, text)
     except OSError as error:

@@ -7,7 +7,6 @@ zombies have none: 0.
 """
 
 import resource
-from collections.abc import Callable
 from typing import ClassVar
 
 from limitfs.resources import cgroups, limits, procfs
@@ -65,9 +64,9 @@ class Memory(Resource):
             return limits.of_partition(target, _MAX)
         return limits.enforced(self, target)
 
-    def store(self, target: Partition, limit: float, user: int) -> Callable[[], None]:
+    def store(self, target: Partition, limit: float, user: int) -> None:
         """memory.max"""
-        return limits.store(target, _MAX, limit, user)
+        limits.store(target, _MAX, limit, user)
 
     def whole(self, target: Measured) -> float:
         """100 % is all memory of the machine, or what the partition may have where that is less."""
@@ -135,9 +134,9 @@ class Swap(Resource):
             return limits.of_partition(target, _SWAP_MAX)
         return limits.enforced(self, target)
 
-    def store(self, target: Partition, limit: float, user: int) -> Callable[[], None]:
+    def store(self, target: Partition, limit: float, user: int) -> None:
         """memory.swap.max"""
-        return limits.store(target, _SWAP_MAX, limit, user)
+        limits.store(target, _SWAP_MAX, limit, user)
 
     def peak(self, target: Measured) -> float | None:
         """Of a partition, since it was made (Linux 6.5)."""

@@ -191,22 +191,22 @@ class Resource(ABC):
         """The kernel's own high-water mark of `target`, or None where it keeps none; raises as `usage`."""
         return None
 
-    def store(self, target: Partition, limit: float, user: int) -> Callable[[], None]:  # noqa: ARG002
-        """The call that has the kernel enforce a limit on a partition, for a user; `math.inf`: none.
+    def store(self, target: Partition, limit: float, user: int) -> None:  # noqa: ARG002
+        """Have the kernel enforce a limit on a partition, for a user; `math.inf`: none.
+
+        May be called in any thread, and waits: with a limit on memory below what is in use, the kernel first
+        reclaims what is too much.
 
         Raises:
             Unsupported: it has no such limit.
-            Others: as limits.put, which also says how to call it.
+            Others: as limits.put.
         """
-        raise self._unlimited()
+        self.check_storable()
 
     def check_storable(self) -> None:
         """Raises Unsupported where the kernel limits this for no partition: a resource without its own `store`."""
         if type(self).store is Resource.store:
-            raise self._unlimited()
-
-    def _unlimited(self) -> Unsupported:
-        return Unsupported(f"the kernel has no limit on {self.name} of a partition")
+            raise Unsupported(f"the kernel has no limit on {self.name} of a partition")
 
     def kept(self, target: Partition) -> bool:  # noqa: ARG002
         """Whether the kernel keeps one number for that partition; else its use is the sum of its processes'."""

@@ -1,7 +1,5 @@
 """How many processes and threads there are."""
 
-from collections.abc import Callable
-
 from limitfs.resources import cgroups, limits, procfs
 from limitfs.resources.cgroups import Knob
 from limitfs.resources.model import Level, Limit, Measured, Partition, Process, Resource, System, Unit
@@ -47,9 +45,9 @@ class Threads(Resource):
             return limits.of_partition(target, _MAX)
         return limits.enforced(self, target)
 
-    def store(self, target: Partition, limit: float, user: int) -> Callable[[], None]:
+    def store(self, target: Partition, limit: float, user: int) -> None:
         """pids.max"""
-        return limits.store(target, _MAX, limit, user)
+        limits.store(target, _MAX, limit, user)
 
     def peak(self, target: Measured) -> float | None:
         """Of a partition, since it was made (Linux 6.6)."""

@@ -452,8 +452,10 @@ def store_limit(place: Place, house: "House", user: int, text: str) -> Slow | No
     soft, hard = wanted_limit(place, text)
     if isinstance(target, Partition):
         cgroups.check(target)
-        call = resource.store(target, soft, user)
-        return Slow(call, functools.partial(house.registry.limit_changed, target, resource))
+        return Slow(
+            functools.partial(resource.store, target, soft, user),
+            functools.partial(house.registry.limit_changed, target, resource),
+        )
     assert isinstance(target, Process)
     assert resource.rlimit is not None
     procfs.check(target)

@@ -14,7 +14,6 @@ from limitfs.hearing.psi import PsiTrigger
 from limitfs.hearing.source import Refused
 from limitfs.space import content
 from limitfs.space.births import BirthLog
-from limitfs.space.content import Slow
 from limitfs.space.delivery import Broadcast, overtaken
 from limitfs.space.eventlog import Cursor, EventLog
 from limitfs.space.house import House
@@ -73,7 +72,7 @@ class TextFile:
         behind = offset - self._at
         return self._text[behind : behind + size] if behind >= 0 else b""
 
-    def write(self, data: bytes) -> Slow | None:
+    def write(self, data: bytes) -> content.Slow | None:
         """One command, and what is left of it. Raises as its writer."""
         assert self._file.write is not None
         self._text = None

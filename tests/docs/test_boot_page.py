@@ -2,7 +2,6 @@
 
 import doctest
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +52,6 @@ def test_the_examples_of_the_manual(machine: Machine) -> None:
     machine.run("umount /limits")
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("unit", [CHECKOUT / "mount/limitfs.service", *EXAMPLES], ids=lambda unit: unit.name)
 def test_units_are_well_formed(machine: Machine, unit: Path) -> None:
     # Together, as some are bound to others; the manual is not installed here.
@@ -64,7 +62,6 @@ def test_units_are_well_formed(machine: Machine, unit: Path) -> None:
     assert said == ""
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_the_score_of_the_sandbox_is_what_the_page_says() -> None:
     command = ["systemd-analyze", "security", "--no-pager", "--offline=true", CHECKOUT / "mount/limitfs.service"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -11,17 +11,17 @@ from functools import wraps
 
 from limitfs.resources import limits
 
-_really = limits._write
+_really = limits.put
 
 
 @wraps(_really)
-def _write(*what: object) -> None:
+def _put(*what: object) -> None:
     while os.path.exists(HOLD):
         time.sleep(0.01)
     _really(*what)  # type: ignore[arg-type]
 
 
 HOLD = sys.argv[1]
-limits._write = _write
+limits.put = _put
 sys.argv = sys.argv[4:]
 runpy.run_module("limitfs", run_name="__main__", alter_sys=True)

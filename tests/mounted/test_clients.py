@@ -2,7 +2,6 @@
 
 import os
 import select
-import shutil
 import signal
 import subprocess
 import threading
@@ -83,7 +82,6 @@ def test_cp(limits: Mount, here: str, tmp_path: Path) -> None:
     assert (tmp_path / "archived/mode").exists() == (limits / here / "fds/mode").exists()
 
 
-@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
 def test_rsync(limits: Mount, here: str, tmp_path: Path) -> None:
     run(limits, f"rsync -a {here} system {tmp_path}")
     assert (tmp_path / here.split("/")[1] / "fds/threshold").exists()
