@@ -5,7 +5,9 @@ each has its line or is counted in `lost`. One below the threshold is the silent
 """
 
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -207,3 +209,43 @@ def _expect(limits: Mount, path: str, alarms: int) -> None:
 def _last(limits: Mount, path: str, pid: str) -> str:
     """The last line about a process."""
     return [line for line in limits.read(f"{path}/event").splitlines() if f" pid={pid} " in line][-1]
+
+
+SWAP_MIB = 64
+
+
+@pytest.fixture
+def swap(tmp_path: Path) -> Iterator[None]:
+    """Room to swap to, which many machines have not."""
+    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+        yield
+        return
+    room = tmp_path / "swap"
+    room.touch(0o600)
+    # Without holes, as swapon(8) wants it.
+    room.write_bytes(bytes(SWAP_MIB << 20))
+    subprocess.run(["mkswap", room], check=True, capture_output=True)
+    done = subprocess.run(["swapon", room], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no swap can be had here: {done.stderr.strip()}")
+    yield
+    subprocess.run(["swapoff", room], check=True)
+
+
+@pytest.mark.usefixtures("swap")
+def test_swap(limits: Mount, helper: Make) -> None:
+    """Pages that are pushed out, see MADV_PAGEOUT in madvise(2), and come back."""
+    child = helper(
+        "m = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nm.write(b'x' * len(m))"
+    )
+    path = f"process/{child.pid}/swap"
+    limits.write(f"{path}/threshold", "8M clear 4M")
+    (limits / f"{path}/above").mkdir()
+    limits.write(f"{path}/above/threshold", "20M")
+    for _ in range(5):
+        child.do("m.madvise(21)")
+        child.do("held = [m[at] for at in range(0, len(m), 4096)]")
+    _expect(limits, path, 5)
+    _expect(limits, f"{path}/above", 0)
+    lines = [(line["crossing"], line["value"]) for line in lines_of(limits.read(f"{path}/event"))]
+    assert lines == [("alarm", str(8 << 20)), ("clear", str(4 << 20))] * 5
